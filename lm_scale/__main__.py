@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: `lm-scale COMMAND ...`, the same as `python -m lm_scale`.
+
+Exit status: 0 done; 75 stopped by a signal, saved, run the same command to go on;
+2 wrong usage or input; 1 failed.
+"""
+
+import os
+
+# jax 0.10 deadlocks with more simulated CPU devices than threads; it reads the number
+# of threads from here, once, so it has to stand before jax is first imported.
+os.environ.setdefault("NPROC", str(max(16, os.cpu_count() or 1)))
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from lm_scale import __version__
+from lm_scale.errors import InputError
+
+USAGE = f"""\
+lm-scale {__version__}: pre-train language models from text
+
+usage: lm-scale COMMAND ...
+
+  train CONFIG [--field value ...]      train, or go on with, the run of a config file
+  tokenizer CONFIG [--field value ...]  make the run's tokenizer
+  prepare CONFIG [--field value ...]    make the run's tokenizer and token stores
+  eval RUN_DIR                          loss on the held-out split
+  generate RUN_DIR [--prompt ...]       continue a text, or fill in its masks
+  export RUN_DIR [--out FOLDER]         write a Hugging Face model
+
+`lm-scale COMMAND --help` tells more; `lm-scale train CONFIG --help` lists every field.
+Try: lm-scale train configs/quickstart.py
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+    if command in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0
+    if command == "--version":
+        print(__version__)
+        return 0
+    if command not in COMMANDS:
+        print(f"lm-scale: unknown command {command!r}.\n\n{USAGE}", file=sys.stderr)
+        return 2
+    try:
+        return COMMANDS[command](rest)
+    except InputError as error:
+        print(f"lm-scale {command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"lm-scale {command}: interrupted.", file=sys.stderr)
+        return 130
+
+
+# --- Commands that take a config file -------------------------------------------------
+
+
+def config_from(command: str, about: str, argv: list[str]):
+    """The RunConfig of `CONFIG [overrides]`, or None after printing help."""
+    if not argv or argv[0] in ("-h", "--help"):
+        usage = f"usage: lm-scale {command} CONFIG [--field value ...]"
+        print(f"{usage}\n\n{about}\n\nCONFIG is a Python file, such as "
+              f"configs/quickstart.py;\n`lm-scale {command} CONFIG --help` lists the "
+              f"fields and their values in it.")  # fmt: skip
+        if not argv:
+            raise InputError("expected a config file, e.g. configs/quickstart.py.")
+        return None
+    if argv[0].startswith("-"):
+        raise InputError(f"expected a config file first, got {argv[0]!r}.")
+    from lm_scale.config import load_config
+
+    return load_config(argv[0], argv[1:], prog=f"lm-scale {command}")
+
+
+def simulate(devices: int) -> None:
+    """Makes the CPU, where it is all there is, look like several devices."""
+    import jax
+
+    if devices:
+        jax.config.update("jax_num_cpu_devices", devices)
+
+
+def train(argv: list[str]) -> int:
+    about = "Trains the run of a config file. The same command again goes on with it."
+    config = config_from("train", about, argv)
+    if config is None:
+        return 0
+    simulate(config.simulated_devices)
+    from lm_scale.trainer import train
+
+    return 75 if train(config).interrupted else 0
+
+
+def tokenizer(argv: list[str]) -> int:
+    about = "Trains (or fetches) the tokenizer of a config file's run."
+    config = config_from("tokenizer", about, argv)
+    if config is None:
+        return 0
+    from rich.console import Console
+
+    from lm_scale.trainer import prepare_tokenizer
+
+    made = prepare_tokenizer(config, Console())
+    print(f"{len(made)} tokens, in {Path(config.store_dir) / 'tokenizer'}")
+    return 0
+
+
+def prepare(argv: list[str]) -> int:
+    about = "Makes the tokenizer and the token stores of a config file's run."
+    config = config_from("prepare", about, argv)
+    if config is None:
+        return 0
+    from rich.console import Console
+
+    from lm_scale.trainer import prepare_data
+
+    prepare_data(config, Console())
+    return 0
+
+
+# --- Commands that take a run directory ---------------------------------------------
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Evaluates the newest checkpoint of a run on its held-out split."""
+
+    run_dir: str  # of a run that has a checkpoint
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continues a text (causal LM), or fills in its masks (masked LM)."""
+
+    run_dir: str  # of a run that has a checkpoint
+    prompt: str = "The"  # may hold <mask> for a masked LM
+    max_new_tokens: int = 100  # tokens to add
+    temperature: float = 0.8  # 0: always the likeliest token
+    top_k: int = 0  # draw from so many likeliest tokens only; 0: from all
+    top_p: float = 0.95  # draw from the fewest tokens that hold this probability
+    samples: int = 1  # texts
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Export:
+    """Writes the newest checkpoint of a run as a Hugging Face model."""
+
+    run_dir: str  # of a run that has a checkpoint
+    out: str | None = None  # folder; default: RUN_DIR/hf
+
+
+def arguments(kind: type, argv: list[str]):
+    """`RUN_DIR [--options]` as a dataclass; a mistake exits with status 2 (tyro)."""
+    import tyro
+
+    marked = tyro.conf.OmitArgPrefixes[kind]
+    positional = {"run_dir": tyro.conf.Positional[str]}
+    marked.__annotations__ = {**kind.__annotations__, **positional}
+    return tyro.cli(marked, args=argv, prog=f"lm-scale {kind.__name__.lower()}")
+
+
+def eval_(argv: list[str]) -> int:
+    options = arguments(Eval, argv)
+    import jax
+
+    from lm_scale.evaluate import evaluate
+    from lm_scale.step import make_eval_step
+    from lm_scale.trainer import open_batches, open_run
+
+    run = open_run(options.run_dir)
+    with jax.set_mesh(run.mesh):
+        _, held_out = open_batches(run.config, run.tokenizer)
+        step = make_eval_step(run.model)
+        rules = run.config.compute.rules
+        results = evaluate(step, run.params, held_out, run.mesh, rules)
+    for name, value in results.items():
+        print(f"eval_{name}: {value:.6g}")
+    return 0
+
+
+def generate_(argv: list[str]) -> int:
+    options = arguments(Generate, argv)
+    import jax
+    import numpy as np
+
+    from lm_scale.generate import Sampling, fill_masks, generate
+    from lm_scale.models import family_of
+    from lm_scale.trainer import open_run
+
+    sampling = Sampling(
+        options.max_new_tokens, options.temperature, options.top_k, options.top_p,
+        options.seed,
+    )  # fmt: skip
+    run = open_run(options.run_dir)
+    ids = np.array([run.tokenizer.encode(options.prompt)], np.int32)
+    with jax.set_mesh(run.mesh):
+        if family_of(run.config.model).causal:
+            ids = np.repeat(ids, options.samples, axis=0)
+            eos = run.tokenizer.eos_token_id
+            texts = generate(run.model, run.params, ids, sampling, eos_id=eos)
+        else:
+            mask = run.tokenizer.mask_token_id
+            texts = fill_masks(run.model, run.params, ids, mask)
+    for row in texts:
+        print(run.tokenizer.decode(row, skip_special_tokens=True))
+    return 0
+
+
+def export(argv: list[str]) -> int:
+    options = arguments(Export, argv)
+    from lm_scale import hf
+    from lm_scale.trainer import open_run
+
+    run = open_run(options.run_dir)
+    out = options.out or str(Path(options.run_dir) / "hf")
+    hf.export(run.config.model, run.params, run.tokenizer, out)
+    print(out)
+    return 0
+
+
+COMMANDS = {
+    "train": train,
+    "tokenizer": tokenizer,
+    "prepare": prepare,
+    "eval": eval_,
+    "generate": generate_,
+    "export": export,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: the train state on disk, through Orbax, asynchronously and in shards.
+
+A checkpoint is `<run_dir>/checkpoints/<step>/` with three items: `params` and
+`opt_state` (arrays) and `meta` (JSON: the step, the versions). The folder gets its name
+only when all is written, so one that is listed is whole.
+"""
+
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from lm_scale import __version__
+from lm_scale.errors import InputError
+from lm_scale.sharding import Params
+from lm_scale.step import TrainState
+
+LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")
+
+
+class Checkpoints:
+    """The checkpoints of one run; a context manager, as leaving waits for writes."""
+
+    def __init__(self, run_dir: Path | str, *, keep: int | None = None):
+        """`keep`: so many of the newest stay on disk; None: all (and for reading)."""
+        self.directory = Path(run_dir).resolve() / "checkpoints"
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self.manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.manager.close()  # waits
+
+    def latest(self) -> int | None:
+        """The newest step, or None."""
+        return self.manager.latest_step()
+
+    def save(self, state: TrainState) -> None:
+        """Starts to write the state; returns when it is copied and may be donated."""
+        step = int(state.step)
+        if step == self.latest():
+            return
+        versions = {name: version(name) for name in LIBRARIES}
+        versions["lm_scale"] = __version__
+        self.manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                opt_state=ocp.args.StandardSave(state.opt_state),
+                meta=ocp.args.JsonSave({"step": step, "versions": versions}),
+            ),
+        )
+
+    def wait(self) -> None:
+        """Until all that was saved is on disk; raises if it could not be written."""
+        self.manager.wait_until_finished()
+
+    def restore(self, target: TrainState) -> TrainState:
+        """The newest state. `target` is abstract and says where each shard goes."""
+        restored = self.manager.restore(
+            self.newest(),
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(target.params),
+                opt_state=ocp.args.StandardRestore(target.opt_state),
+                meta=ocp.args.JsonRestore(),
+            ),
+        )
+        step = jax.device_put(restored.meta["step"], target.step.sharding)
+        step = step.astype(target.step.dtype)
+        return TrainState(step, restored.params, restored.opt_state)
+
+    def restore_params(self, target: Params) -> Params:
+        """The newest parameters alone."""
+        args = ocp.args.Composite(params=ocp.args.StandardRestore(target))
+        return self.manager.restore(self.newest(), args=args).params
+
+    def newest(self) -> int:
+        """The newest step; InputError if there is none."""
+        step = self.latest()
+        if step is None:
+            raise InputError(
+                f"There is no checkpoint in {self.directory}. Train first."
+            )
+        return step

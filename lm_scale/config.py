@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run is a `RunConfig`: the parts' configs put together, checked before any work.
+
+A config is a Python file with a variable `config`; `--dotted.override value` on the
+command line changes single fields. The resolved config is kept as JSON in the run
+directory, where a later process finds it and checks that it goes on with the same run.
+"""
+
+import dataclasses
+import json
+import runpy
+import sys
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lm_scale.data.corpus import CorpusConfig
+from lm_scale.data.tokenizer import TokenizerConfig
+from lm_scale.errors import InputError
+from lm_scale.models import Compute, GPT2Config, ModelConfig, family_of
+from lm_scale.objectives import CausalLM, MaskedLM, Objective
+from lm_scale.optim import AdamW, Schedule
+from lm_scale.sharding import MeshShape
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Text, tokenizer, and where the prepared tokens lie."""
+
+    corpus: CorpusConfig = CorpusConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    separator: bool = True  # an end-of-text token after each document
+    store: str | None = None  # folder of tokenizer and tokens; None: <run_dir>/data
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All there is to say of a training run."""
+
+    run_dir: str  # everything that the run writes is in this folder
+    model: ModelConfig = GPT2Config()
+    objective: Objective = CausalLM()
+    data: DataConfig = DataConfig()
+    optimizer: AdamW = AdamW()
+    schedule: Schedule = Schedule()
+    seq_len: int = 512  # tokens of a sequence
+    batch: int = 64  # sequences of a step, all devices and processes together
+    accumulate: int = 1  # equal parts of a batch, worked through one after the other
+    steps: int | None = None  # optimizer steps; None: as many as `epochs` make
+    epochs: float | None = None  # passes over the training split
+    seed: int = 42  # of the first weights, the order of the data, masking and dropout
+    init_from: str | None = None  # Hugging Face folder to take the first weights from
+    mesh: MeshShape = MeshShape()
+    compute: Compute = Compute()
+    simulated_devices: int = 0  # CPU devices to simulate if there is no accelerator
+    log_every: int = 10  # steps between lines in the logs
+    eval_every: int | None = None  # steps between evaluations; None: at the end only
+    save_every: int | None = 1000  # steps between checkpoints; None: at the end only
+    keep: int = 2  # newest checkpoints that stay on disk
+    stop_at: int | None = None  # stop and save after this step; run again to go on
+    sample_prompt: str = "The"  # the text shown at the end continues it, or fills it in
+
+    def check(self, devices: int) -> None:
+        """InputError for what cannot work on so many devices, before any long work."""
+        counts = ("seq_len", "batch", "accumulate", "log_every", "keep")
+        optional = ("steps", "epochs", "eval_every", "save_every", "stop_at")
+        for name in (*counts, *optional):
+            value = getattr(self, name)
+            if (value is None and name in counts) or (value is not None and value <= 0):
+                raise InputError(f"{name} = {value}: expected a number above 0.")
+        if (self.steps is None) == (self.epochs is None):
+            raise InputError("Give either `steps` or `epochs`, one of the two.")
+        if self.seq_len > self.model.positions:
+            raise InputError(
+                f"seq_len = {self.seq_len} is longer than the model's position table "
+                f"(model.positions = {self.model.positions}). Change one of them."
+            )
+        causal = family_of(self.model).causal
+        if causal != isinstance(self.objective, CausalLM):
+            wanted = CausalLM if causal else MaskedLM
+            raise InputError(
+                f"The model {type(self.model).__name__} needs the objective "
+                f"{wanted.__name__}, not {type(self.objective).__name__}."
+            )
+        self._check_batch(devices)
+
+    def _check_batch(self, devices: int) -> None:
+        from lm_scale.sharding import resolve_mesh_shape
+
+        mesh = resolve_mesh_shape(self.mesh, devices)
+        rules = self.compute.rules
+        for name, size, axes in (
+            ("batch", self.batch, rules.batch),
+            ("seq_len", self.seq_len, rules.seq),
+        ):
+            parts = 1
+            for axis in axes:
+                parts *= getattr(mesh, axis)
+            times = self.accumulate if name == "batch" else 1
+            if size % (parts * times):
+                raise InputError(
+                    f"{name} = {size} cannot be divided evenly: the mesh cuts it into "
+                    f"{parts} part(s) ({'×'.join(axes)})"
+                    + (f" and accumulate = {times}" if times > 1 else "")
+                    + f". Use a multiple of {parts * times}."
+                )
+
+    @property
+    def store_dir(self) -> str:
+        """Folder that holds `tokenizer`, `train` and `validation`."""
+        return self.data.store or str(Path(self.run_dir) / "data")
+
+
+# --- From files and the command line ------------------------------------------------
+
+
+def load_config(path: str, overrides: list[str], *, prog: str) -> RunConfig:
+    """The `config` of a Python file, with `--dotted.override value` applied.
+
+    Raises InputError if the file is missing, fails, or has no RunConfig. A wrong
+    override prints what was meant and exits with status 2 (tyro).
+    """
+    import tyro
+
+    if not Path(path).is_file():
+        raise InputError(
+            f"There is no config file {path!r}. A config is a Python file that sets "
+            f"`config = RunConfig(...)`; see the folder `configs`."
+        )
+    sys.path.insert(0, str(Path(path).resolve().parent))  # a config may import another
+    try:
+        config = runpy.run_path(path).get("config")
+    except InputError:
+        raise
+    except Exception as error:
+        line = _line_of(error, path)
+        raise InputError(
+            f"{path}{line} fails: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        sys.path.pop(0)
+    if not isinstance(config, RunConfig):
+        raise InputError(f"{path} sets no variable `config` that is a RunConfig.")
+    kind = tyro.conf.AvoidSubcommands[RunConfig]  # keeps the file's choice of model
+    return tyro.cli(kind, default=config, args=overrides, prog=f"{prog} {path}")
+
+
+def _line_of(error: BaseException, path: str) -> str:
+    """ ", line 12": where in the config file it went wrong, if that is known."""
+    frame, line = error.__traceback__, ""
+    while frame is not None:
+        if frame.tb_frame.f_code.co_filename == path:
+            line = f", line {frame.tb_lineno},"
+        frame = frame.tb_next
+    return line
+
+
+# --- As JSON in the run directory ----------------------------------------------------
+
+# What may change when a run goes on: nothing that alters the result beyond rounding.
+FREE = (
+    "run_dir", "mesh", "simulated_devices", "compute.remat", "compute.loss_chunk",
+    "compute.rules", "log_every", "eval_every", "save_every", "keep", "stop_at",
+    "sample_prompt", "data.store",
+)  # fmt: skip
+
+
+def to_dict(config: Any) -> Any:
+    """A config as JSON values; each dataclass carries its name as `type`."""
+    if dataclasses.is_dataclass(config):
+        fields = dataclasses.fields(config)
+        values = {field.name: to_dict(getattr(config, field.name)) for field in fields}
+        return {"type": type(config).__name__, **values}
+    if isinstance(config, tuple):
+        return [to_dict(item) for item in config]
+    return config
+
+
+def from_dict(kind: Any, value: Any) -> Any:
+    """The opposite of `to_dict`, for a field of this type."""
+    if isinstance(kind, types.UnionType) and isinstance(value, dict):
+        kinds = {k.__name__: k for k in typing.get_args(kind) if k is not type(None)}
+        kind = kinds[value["type"]]
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        names = [field.name for field in dataclasses.fields(kind)]
+        return kind(**{name: from_dict(hints[name], value[name]) for name in names})
+    return tuple(value) if isinstance(value, list) else value
+
+
+def read_run(run_dir: str | Path) -> RunConfig:
+    """The config of the run in a directory; InputError if there is none."""
+    path = Path(run_dir) / "config.json"
+    try:
+        stored = json.loads(path.read_text())
+        return dataclasses.replace(from_dict(RunConfig, stored), run_dir=str(run_dir))
+    except FileNotFoundError:
+        raise InputError(
+            f"{run_dir} holds no run of lm_scale: there is no {path}."
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path} is not a config of this version of lm_scale ({error!r})."
+        ) from error
+
+
+def claim_run_dir(config: RunConfig) -> None:
+    """Writes config.json; InputError if the directory holds a different run.
+
+    The message names each field that differs. Fields in FREE may.
+    """
+    folder = Path(config.run_dir)
+    path = folder / "config.json"
+    if path.exists():
+        differences = compare(to_dict(read_run(folder)), to_dict(config))
+        if differences:
+            listed = "\n".join(
+                f"  {name}: {old!r} there, {new!r} here"
+                for name, old, new in differences
+            )
+            raise InputError(
+                f"{folder} holds a run with a different config:\n{listed}\n"
+                f"Give another `run_dir`, or the same values to go on with that run."
+            )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        new = path.with_suffix(".json.new")
+        new.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+        new.replace(path)
+    except OSError as error:
+        raise InputError(f"Cannot write to run_dir {folder}: {error}") from error
+
+
+def compare(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted field, old value, new value) where two `to_dict` results differ."""
+    if name in FREE:
+        return []
+    if isinstance(old, dict) and isinstance(new, dict):
+        prefix = f"{name}." if name else ""
+        keys = dict.fromkeys([*old, *new])
+        return [
+            difference
+            for key in keys
+            for difference in compare(old.get(key), new.get(key), prefix + key)
+        ]
+    return [] if old == new else [(name, old, new)]

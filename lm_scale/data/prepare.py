@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a corpus to token stores, one a part: `out/train` and `out/validation`."""
+
+import itertools
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn
+
+from lm_scale.data.corpus import CorpusConfig, Part, documents
+from lm_scale.data.store import Manifest, StoreWriter, read_manifest
+from lm_scale.data.tokenizer import tokenizer_hash
+from lm_scale.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# A batch for the tokenizer's threads ends at whichever comes first.
+_BATCH_DOCUMENTS = 1000
+_BATCH_CHARACTERS = 1 << 22  # whole books must not add up to gigabytes
+
+
+def prepare(
+    corpus: CorpusConfig,
+    tokenizer: "PreTrainedTokenizerFast",
+    out: str | Path,
+    *,
+    parts: Sequence[Part] = ("train", "validation"),
+    separator: bool = True,
+    console: Console | None = None,
+) -> dict[Part, Manifest]:
+    """Tokenizes the parts of a corpus into the token stores `out/<part>`.
+
+    A document is encoded as the tokenizer does it, its special tokens around it, but
+    text that merely looks like a special token ("<s>" in HTML) stays text. With
+    `separator` the end-of-text token follows each document that does not end with it.
+    A part that is there already, made from the same corpus by the same tokenizer, is
+    kept; the text itself is not compared. `out` is a folder or a url (gs://, s3://).
+
+    console takes the progress, shown if it is a terminal, and a closing line for each
+    part (default: standard output).
+
+    Raises:
+      InputError: nothing to read (see `documents`), an empty part, a tokenizer without
+        an end-of-text token, or a different store at `out/<part>`. All but a broken
+        row are found before the first token is written.
+    """
+    console = console or Console()
+    end = _end_of_text(tokenizer) if separator else None
+    origin = {
+        "tokenizer_hash": tokenizer_hash(tokenizer),
+        "vocab_size": max(tokenizer.get_vocab().values()) + 1,
+        "separator": end,
+    }
+    manifests: dict[Part, Manifest] = {}
+    streams: dict[Part, Iterator[str]] = {}
+    for part in parts:
+        path, source = _path(out, part), asdict(corpus) | {"part": part}
+        manifest = read_manifest(path)
+        if manifest is None:
+            _check_free(path)
+            streams[part] = _nonempty(documents(corpus, part), part)
+        else:
+            _check_same(path, manifest, origin | {"source": source})
+            manifests[part] = manifest
+            _say(console, f"{part}: kept {path}: {_summary(manifest)}")
+
+    encode = _encoder(tokenizer, end)
+    for part, texts in streams.items():
+        path, source = _path(out, part), asdict(corpus) | {"part": part}
+        start = time.perf_counter()
+        manifests[part] = _build(
+            path, texts, encode, origin | {"source": source}, console
+        )
+        seconds = time.perf_counter() - start
+        _say(console, f"{part}: {_summary(manifests[part])}, {seconds:.1f} s")
+    return manifests
+
+
+def _path(out: str | Path, part: Part) -> str:
+    return os.path.join(os.path.expanduser(out), part)
+
+
+def _end_of_text(tokenizer: "PreTrainedTokenizerFast") -> int:
+    for token in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+        if token is not None:
+            return token
+    raise InputError(
+        "the tokenizer has no end-of-text token (eos or sep) to separate documents; "
+        "choose one that has, or prepare without a separator."
+    )
+
+
+def _nonempty(texts: Iterator[str], part: Part) -> Iterator[str]:
+    first = next(texts, None)
+    if first is None:
+        advice = {
+            "train": "lower validation_fraction",
+            "validation": "raise validation_fraction or give a validation_source",
+        }
+        raise InputError(f"no document falls to {part}; {advice[part]}.")
+    return itertools.chain([first], texts)
+
+
+def _check_free(path: str) -> None:
+    """A local folder is renamed into place, so nothing else may be there."""
+    taken = os.path.isfile(path) or (os.path.isdir(path) and os.listdir(path))
+    if "://" not in path and taken:
+        raise InputError(
+            f"{path} holds files but no complete token store; delete it or choose "
+            "another folder."
+        )
+
+
+def _check_same(path: str, manifest: Manifest, wanted: dict[str, Any]) -> None:
+    def flat(fields: dict[str, Any]) -> dict[str, Any]:
+        corpus = {f"source.{name}": value for name, value in fields["source"].items()}
+        return {name: fields.get(name) for name in wanted if name != "source"} | corpus
+
+    there, here = flat(asdict(manifest)), flat(wanted)
+    differing = [
+        f"{name} ({there.get(name)!r} there, {here.get(name)!r} here)"
+        for name in dict.fromkeys([*here, *there])
+        if there.get(name) != here.get(name)
+    ]
+    if differing:
+        raise InputError(
+            f"{path} holds a token store that differs in {', '.join(differing)}; "
+            "choose another folder or delete it."
+        )
+
+
+def _encoder(
+    tokenizer: "PreTrainedTokenizerFast", end: int | None
+) -> Callable[[list[str]], list[list[int]]]:
+    """Texts -> ids, each ending with `end`."""
+    from tokenizers import Tokenizer
+
+    # A copy: these settings are no business of the caller's tokenizer.
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True  # "<s>" in a text is three characters
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        ids = [encoding.ids for encoding in backend.encode_batch_fast(texts)]
+        if end is not None:
+            ids = [row if row and row[-1] == end else [*row, end] for row in ids]
+        return ids
+
+    return encode
+
+
+def _build(
+    path: str,
+    texts: Iterator[str],
+    encode: Callable[[list[str]], list[list[int]]],
+    fields: dict[str, Any],
+    console: Console,
+) -> Manifest:
+    """Writes one store: locally beside its place, then renamed into it."""
+    local = "://" not in path
+    folder, name = os.path.split(path)
+    scratch = os.path.join(folder, f".{name}.{uuid.uuid4().hex[:8]}") if local else path
+    source = fields["source"]
+    try:
+        with StoreWriter(scratch, vocab_size=fields["vocab_size"]) as writer:
+            for ids in _tracked(map(encode, _batches(texts)), source["part"], console):
+                writer.append(ids)
+            manifest = writer.finish(
+                tokenizer_hash=fields["tokenizer_hash"],
+                separator=fields["separator"],
+                source=source,
+            )
+        if local:
+            os.rename(scratch, path)
+    except BaseException:
+        if local:
+            shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    return manifest
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch, characters = [], 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if len(batch) == _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _tracked(
+    batches: Iterator[list[list[int]]], part: Part, console: Console
+) -> Iterator[list[list[int]]]:
+    """The same batches, counted on the console where it is a terminal."""
+    columns = SpinnerColumn(), TextColumn("{task.description}")
+    start = time.perf_counter()
+    documents, tokens = 0, 0
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
+        task = progress.add_task(part, total=None)
+        for batch in batches:
+            documents += len(batch)
+            tokens += sum(map(len, batch))
+            rate = tokens / (time.perf_counter() - start)
+            progress.update(
+                task,
+                description=f"{part}: {documents:,} documents, {tokens:,} tokens, "
+                f"{rate:,.0f} tokens/s",
+            )
+            yield batch
+
+
+def _summary(manifest: Manifest) -> str:
+    mean = manifest.tokens / max(1, manifest.documents)
+    return (
+        f"{manifest.documents:,} documents, {manifest.tokens:,} tokens, "
+        f"mean length {mean:.1f}"
+    )
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, soft_wrap=True, markup=False, highlight=False)

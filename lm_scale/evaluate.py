@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluation: exact sums over a held-out split, whatever the batch size or the mesh."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from lm_scale.data.loader import EvalBatches, device_batches
+from lm_scale.data.store import TokenStore
+from lm_scale.losses import IGNORE, Sums
+from lm_scale.sharding import Params, Rules
+
+UNIGRAM_TOKENS = 20_000_000  # how many training tokens are counted for the baseline
+
+
+def evaluate(
+    eval_step: Callable[[Params, dict], Sums],
+    params: Params,
+    batches: EvalBatches,
+    mesh: Mesh,
+    rules: Rules,
+) -> dict[str, float]:
+    """loss (nats a label), perplexity, accuracy (share of right guesses) and labels.
+
+    Summed over all examples and divided once, in float64; the rows that fill up the
+    last batch have no labels and weigh nothing.
+    """
+    totals = {"loss": 0.0, "correct": 0.0, "count": 0.0}
+    running: Sums | None = None
+    for batch in device_batches(batches, mesh, rules, start=0, stop=len(batches)):
+        ready, running = running, eval_step(params, batch)
+        _add(totals, ready)  # read one batch late, so that the devices never wait
+    _add(totals, running)
+    count = max(totals["count"], 1.0)
+    loss = totals["loss"] / count
+    return {
+        "loss": loss,
+        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "accuracy": totals["correct"] / count,
+        "labels": totals["count"],
+    }
+
+
+def _add(totals: dict[str, float], sums: Sums | None) -> None:
+    for name, value in jax.device_get(sums or {}).items():
+        totals[name] += float(value)
+
+
+def unigram_loss(train: TokenStore, batches: EvalBatches, vocab: int) -> float:
+    """Loss (nats) of guessing by token frequency alone, on the same held-out labels.
+
+    Frequencies are counted on (the first 20 M tokens of) the training split, plus one
+    for each token of the vocabulary. What a model must beat to have learnt anything.
+    """
+    counts = np.ones(vocab, np.int64)
+    end = min(train.num_tokens, UNIGRAM_TOKENS)
+    for start in range(0, end, 1_000_000):
+        tokens = train.read(start, min(1_000_000, end - start))
+        counts += np.bincount(tokens, minlength=vocab)
+    surprise = -np.log(counts / counts.sum())
+    total, labels = 0.0, 0
+    for number in range(len(batches)):
+        batch = batches.rows(number, range(batches.batch))["labels"]
+        targets = batch[batch != IGNORE]
+        total, labels = total + surprise[targets].sum(), labels + targets.size
+    return float(total / max(labels, 1))

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text from a model: sampled continuations (causal LM) and filled masks (masked LM)."""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from lm_scale.errors import InputError
+from lm_scale.models import build_model
+from lm_scale.sharding import Params
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn."""
+
+    max_new_tokens: int = 100
+    temperature: float = 0.8  # 0: always the likeliest token
+    top_k: int = 0  # draw from so many likeliest tokens only; 0: all
+    top_p: float = 0.95  # ... from the fewest that hold this share of probability
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1 or self.temperature < 0 or self.top_k < 0:
+            raise InputError(
+                f"sampling: expected max_new_tokens >= 1, temperature >= 0 and "
+                f"top_k >= 0, got {self.max_new_tokens}, {self.temperature} and "
+                f"{self.top_k}."
+            )
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"sampling: expected 0 < top_p <= 1, got {self.top_p}.")
+
+
+def unbatched(model: nnx.Module) -> nnx.Module:
+    """The same model with the batch whole on every device: a prompt is one row."""
+    rules = dataclasses.replace(model.compute.rules, batch=(), seq=())
+    return build_model(model.config, dataclasses.replace(model.compute, rules=rules))
+
+
+def generate(
+    model: nnx.Module,
+    params: Params,
+    prompt: np.ndarray,
+    sampling: Sampling,
+    *,
+    eos_id: int | None = None,
+) -> np.ndarray:
+    """Continues prompts: int32 [B T] -> int32 [B T + max_new_tokens].
+
+    Keys and values are kept, so each new token costs one position. After `eos_id` a row
+    holds nothing but `eos_id`. To be called under `jax.set_mesh`. Raises InputError if
+    the prompt is empty or the text would be longer than the position table.
+    """
+    length = prompt.shape[1] + sampling.max_new_tokens
+    if prompt.shape[1] == 0:
+        raise InputError("The prompt is empty: give at least one token to continue.")
+    if length > model.config.positions:
+        raise InputError(
+            f"Prompt ({prompt.shape[1]} tokens) and {sampling.max_new_tokens} new ones "
+            f"exceed the model's {model.config.positions} positions. Shorten either."
+        )
+    graphdef = nnx.split(unbatched(model))[0]
+    key = jax.random.key(sampling.seed)
+    tokens = _generate(params, jnp.asarray(prompt), key, graphdef, sampling, eos_id)
+    return np.concatenate([prompt, np.asarray(tokens)], axis=1)
+
+
+@partial(jax.jit, static_argnames=("graphdef", "sampling", "eos_id"))
+def _generate(params, prompt, key, graphdef, sampling: Sampling, eos_id):
+    model = nnx.merge(graphdef, params)
+    batch, length = prompt.shape
+    cache = model.empty_cache(batch, length + sampling.max_new_tokens)
+    logits, cache = model.decode(prompt, cache)
+    keys = jax.random.split(key, sampling.max_new_tokens)
+    first = sample(logits, sampling, keys[0])
+
+    def next_token(carry, key):
+        token, cache = carry
+        logits, cache = model.decode(token[:, None], cache)
+        new = sample(logits, sampling, key)
+        if eos_id is not None:
+            new = jnp.where(token == eos_id, eos_id, new)
+        return (new, cache), new
+
+    _, rest = jax.lax.scan(next_token, (first, cache), keys[1:])
+    return jnp.concatenate([first[:, None], rest.T], axis=1)
+
+
+def sample(
+    logits: Float[Array, "B V"], sampling: Sampling, key: Key[Array, ""]
+) -> Int[Array, "B"]:
+    """One token a row; top_p as in Holtzman et al. 2020, section 3.1."""
+    logits = jax.reshard(logits, jax.P(None, None))  # sorting needs the whole row
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, -1).astype(jnp.int32)
+    logits = logits / sampling.temperature
+    if sampling.top_k:
+        worst = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
+        logits = jnp.where(logits < worst, -jnp.inf, logits)
+    if sampling.top_p < 1:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        probs = jax.nn.softmax(ordered)
+        kept = jnp.cumsum(probs, -1) - probs < sampling.top_p  # the first always
+        worst = jnp.min(jnp.where(kept, ordered, jnp.inf), -1, keepdims=True)
+        logits = jnp.where(logits < worst, -jnp.inf, logits)
+    return jax.random.categorical(key, logits).astype(jnp.int32)
+
+
+def fill_masks(
+    model: nnx.Module, params: Params, tokens: np.ndarray, mask_id: int
+) -> np.ndarray:
+    """Replaces each mask by its likeliest token: int32 [B T] -> int32 [B T].
+
+    To be called under `jax.set_mesh`.
+    """
+    graphdef = nnx.split(unbatched(model))[0]
+
+    @jax.jit
+    def guess(params, tokens):
+        model = nnx.merge(graphdef, params)
+        return jnp.argmax(model.head(model(tokens)), -1)
+
+    guesses = np.asarray(guess(params, jnp.asarray(tokens)))
+    return np.where(tokens == mask_id, guesses, tokens).astype(np.int32)

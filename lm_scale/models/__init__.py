@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model families, one file each, and the table that finds one by its config."""
+
+from dataclasses import dataclass
+
+from flax import nnx
+
+from lm_scale.models import gpt2, roberta
+from lm_scale.models.gpt2 import GPT2, GPT2Config
+from lm_scale.models.layers import Compute, HFWeight
+from lm_scale.models.roberta import Roberta, RobertaConfig
+
+ModelConfig = GPT2Config | RobertaConfig
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the rest of the program has to know of a family."""
+
+    hf_type: str  # `model_type` in a Hugging Face config.json
+    config: type
+    module: type
+    hf_names: dict[str, HFWeight]
+    causal: bool  # predicts the next token, so it can generate
+
+
+FAMILIES = (
+    Family("gpt2", GPT2Config, GPT2, gpt2.HF_NAMES, causal=True),
+    Family("roberta", RobertaConfig, Roberta, roberta.HF_NAMES, causal=False),
+)
+
+
+def family_of(config: ModelConfig) -> Family:
+    """The family whose config this is."""
+    return next(family for family in FAMILIES if isinstance(config, family.config))
+
+
+def build_model(config: ModelConfig, compute: Compute) -> nnx.Module:
+    """The declared model: shapes and axes, no arrays yet."""
+    return family_of(config).module(config, compute)

@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where arrays live: the mesh, the rules, and the one way to declare a weight.
+
+The only file that spells a mesh axis. Everything else speaks *logical* axes:
+
+    letter  size of          weights' axis   activations' axis
+    B       batch            -               batch
+    T, S    query, key pos.  -               seq
+    D       model width      embed           act_embed
+    H, K    heads, kv heads  heads kv_heads  act_heads
+    N       head width       head_dim        -
+    F       mlp width        mlp             act_mlp
+    V       vocabulary       vocab           act_vocab
+    E       experts          experts         -
+    L       layers           layers          -
+
+Array types (`Float[Array, "B T D"]`), einsum letters and `Rules` use these words and no
+others. A weight and an activation name the model dimension differently on purpose: FSDP
+shards `embed` of the stored weights and gathers it for the computation, so `act_embed`
+stays whole.
+"""
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lm_scale.errors import InputError
+
+Axes = tuple[str | None, ...]  # one logical axis, or None, for each dimension
+Params = dict[str, Any]  # nested dict of arrays, as `nnx.merge` takes them
+
+
+@dataclass(frozen=True)
+class MeshShape:
+    """Devices along each mesh axis; one axis may be -1: all that are left."""
+
+    data: int = -1  # replicas of the weights, each with rows of the batch of its own
+    fsdp: int = 1  # rows of the batch too, and the weights sharded
+    expert: int = 1  # experts of mixture-of-experts layers
+    context: int = 1  # parts of a sequence
+    tensor: int = 1  # heads, mlp and vocabulary inside a layer
+
+
+MESH_AXES = tuple(field.name for field in dataclasses.fields(MeshShape))
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Maps logical axes (the fields) to mesh axes; `()` means not sharded.
+
+    Every mesh axis exists in every mesh, often with size 1, so that one table serves
+    from 1 device to a pod: only the mesh changes.
+    """
+
+    layers: tuple[str, ...] = ()
+    vocab: tuple[str, ...] = ("tensor",)
+    embed: tuple[str, ...] = ("fsdp",)
+    heads: tuple[str, ...] = ("tensor",)
+    kv_heads: tuple[str, ...] = ("tensor",)
+    head_dim: tuple[str, ...] = ()
+    mlp: tuple[str, ...] = ("tensor",)
+    experts: tuple[str, ...] = ("expert",)
+    batch: tuple[str, ...] = ("data", "fsdp")
+    seq: tuple[str, ...] = ("context",)
+    act_embed: tuple[str, ...] = ()
+    act_heads: tuple[str, ...] = ("tensor",)
+    act_mlp: tuple[str, ...] = ("tensor",)
+    act_vocab: tuple[str, ...] = ("tensor",)
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            for axis in getattr(self, field.name):
+                if axis not in MESH_AXES:
+                    raise InputError(
+                        f"Rule `{field.name}` names the mesh axis {axis!r}, which does "
+                        f"not exist. The mesh axes are {', '.join(MESH_AXES)}."
+                    )
+
+    def spec(self, *axes: str | None) -> PartitionSpec:
+        """The partition of an array whose dimensions have these logical axes.
+
+        Raises InputError for an unknown axis, or if two dimensions would be sharded
+        over the same mesh axis.
+        """
+        used: dict[str, str] = {}
+        parts = []
+        for axis in axes:
+            if axis is None:
+                parts.append(None)
+                continue
+            if not hasattr(self, axis):
+                known = ", ".join(field.name for field in dataclasses.fields(self))
+                raise InputError(f"Unknown logical axis {axis!r}. There are: {known}.")
+            mesh_axes = getattr(self, axis)
+            for mesh_axis in mesh_axes:
+                if mesh_axis in used:
+                    raise InputError(
+                        f"The rules put both `{used[mesh_axis]}` and `{axis}` of one "
+                        f"array on the mesh axis `{mesh_axis}`. Change one of the two."
+                    )
+                used[mesh_axis] = axis
+            parts.append(mesh_axes or None)
+        return PartitionSpec(*parts)
+
+
+def resolve_mesh_shape(shape: MeshShape, devices: int) -> MeshShape:
+    """Replaces -1 by what is left of `devices`; InputError if the product is not it."""
+    sizes = dataclasses.asdict(shape)
+    free = [axis for axis, size in sizes.items() if size == -1]
+    bad = [f"{axis}={size}" for axis, size in sizes.items() if size < 1 and size != -1]
+    asked = ", ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1)
+    if bad:
+        raise InputError(f"Mesh axis {bad[0]}: expected a number above 0, or -1.")
+    if len(free) > 1:
+        raise InputError(f"Mesh ({asked}): only one axis may be -1 (the rest).")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if free:
+        sizes[free[0]] = devices // fixed
+    if math.prod(sizes.values()) != devices:
+        raise InputError(
+            f"Mesh ({asked or 'all axes 1'}) does not fit {devices} device(s): the "
+            f"sizes must multiply to {devices}. Change `mesh`, or leave one axis at -1."
+        )
+    return MeshShape(**sizes)
+
+
+def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over `devices` (default: all), with Explicit axes.
+
+    Raises InputError if the shape does not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = dataclasses.astuple(resolve_mesh_shape(shape, len(devices)))
+    kinds = (AxisType.Explicit,) * len(MESH_AXES)
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=kinds, devices=devices)
+
+
+def shards(rules: Rules, mesh: Mesh, axis: str) -> int:
+    """Into how many parts a dimension with this logical axis is cut."""
+    return math.prod(mesh.shape[mesh_axis] for mesh_axis in getattr(rules, axis))
+
+
+# --- Weights --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Initializer: normal with mean 0. A dataclass, so that equal models are equal."""
+
+    stddev: float
+
+    def __call__(self, key, shape, dtype, sharding):
+        return self.stddev * jax.random.normal(key, shape, dtype, out_sharding=sharding)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Initializer: one value everywhere."""
+
+    value: float
+
+    def __call__(self, key, shape, dtype, sharding):
+        return jnp.full(shape, self.value, dtype, out_sharding=sharding)
+
+
+zeros, ones = Constant(0.0), Constant(1.0)
+
+
+def param(
+    shape: Sequence[int], axes: Axes, init: Callable, *, decay: bool = True
+) -> nnx.Param:
+    """Declares a weight: its shape, its logical axes and how it starts, in one place.
+
+    The value is only a `jax.ShapeDtypeStruct`: `init_params` (or a checkpoint, or a
+    Hugging Face folder) makes the array, straight into its shards. Weights are f32;
+    modules cast them to the compute type. `decay=False` keeps it out of weight decay
+    (biases, norm scales). One-dimensional weights should have the axes `(None,)` unless
+    the activation that they meet is sharded alike.
+
+    Raises InputError if `axes` does not name each dimension.
+    """
+    if len(axes) != len(shape):
+        raise InputError(f"A weight of shape {tuple(shape)} has the axes {axes}.")
+    value = jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
+    return nnx.Param(value, axes=tuple(axes), init=init, decay=decay)
+
+
+def stack(block: nnx.Module, layers: int) -> nnx.Module:
+    """The declaration of `layers` equal blocks as one, with a leading `layers` axis."""
+
+    def stacked(weight: nnx.Param) -> nnx.Param:
+        meta, value = weight.get_metadata(), weight.get_value()
+        axes = ("layers", *meta["axes"])
+        shape = (layers, *value.shape)
+        return param(shape, axes, meta["init"], decay=meta["decay"])
+
+    graphdef, weights = nnx.split(block)
+    is_weight = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+    return nnx.merge(graphdef, jax.tree.map(stacked, weights, is_leaf=is_weight))
+
+
+def declarations(model: nnx.Module) -> dict[str, nnx.Param]:
+    """Every weight of a declared model by its dotted path, e.g. `blocks.mlp.up`."""
+    flat = nnx.to_flat_state(nnx.split(model)[1])
+    return {".".join(map(str, path)): weight for path, weight in flat}
+
+
+def map_declarations(model: nnx.Module, fn: Callable[[str, nnx.Param], Any]) -> Params:
+    """`fn(path, declaration)` for each weight, in the structure of the parameters."""
+    flat = {path: fn(path, weight) for path, weight in declarations(model).items()}
+    return unflatten(flat)
+
+
+def flatten(params: Params) -> dict[str, Any]:
+    """Nested dict of parameters -> dict by dotted path."""
+    flat = nnx.traversals.flatten_mapping(params, sep=".")
+    return dict(flat)
+
+
+def unflatten(flat: Mapping[str, Any]) -> Params:
+    """The opposite of `flatten`."""
+    return nnx.traversals.unflatten_mapping(flat, sep=".")
+
+
+def check_divides(model: nnx.Module, rules: Rules, mesh: Mesh) -> None:
+    """InputError naming each weight's dimension that its mesh axes do not divide."""
+    for path, weight in declarations(model).items():
+        shape, axes = weight.get_value().shape, weight.get_metadata("axes")
+        rules.spec(*axes)  # unknown or colliding axes
+        for size, axis in zip(shape, axes, strict=True):
+            parts = shards(rules, mesh, axis) if axis else 1
+            if size % parts:
+                raise InputError(
+                    f"Weight `{path}` {shape}: its `{axis}` dimension of {size} cannot "
+                    f"be cut into {parts} parts, as the mesh "
+                    f"({'×'.join(getattr(rules, axis))}) asks. Change `mesh`, the rule "
+                    f"`{axis}`, or the size."
+                )
+
+
+def abstract_params(model: nnx.Module, rules: Rules, mesh: Mesh) -> Params:
+    """The parameters as ShapeDtypeStructs with their shardings: a restore target."""
+
+    def abstract(path: str, weight: nnx.Param) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, rules.spec(*weight.get_metadata("axes")))
+        value = weight.get_value()
+        return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
+
+    return map_declarations(model, abstract)
+
+
+def init_params(model: nnx.Module, rules: Rules, key: jax.Array) -> Params:
+    """Fresh parameters, each device making only its own shards.
+
+    A weight's values depend on its path and `key` alone: the same on every mesh (JAX's
+    threefry is partitionable), and unchanged when another weight is added. To be traced
+    (`jax.jit`) under `jax.set_mesh`.
+    """
+
+    def make(path: str, weight: nnx.Param) -> jax.Array:
+        value, meta = weight.get_value(), weight.get_metadata()
+        own_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        sharding = rules.spec(*meta["axes"])
+        return meta["init"](own_key, value.shape, value.dtype, sharding)
+
+    return map_declarations(model, make)
+
+
+@dataclass(frozen=True)
+class WeightRow:
+    """One line of the sharding table."""
+
+    path: str
+    shape: tuple[int, ...]
+    axes: Axes
+    mesh_axes: PartitionSpec
+    bytes_per_device: int
+
+
+def sharding_table(model: nnx.Module, rules: Rules, mesh: Mesh) -> list[WeightRow]:
+    """Each weight with its shape, its logical and mesh axes and its bytes a device."""
+    rows = []
+    for path, weight in declarations(model).items():
+        value, axes = weight.get_value(), weight.get_metadata("axes")
+        spec = rules.spec(*axes)
+        shard = NamedSharding(mesh, spec).shard_shape(value.shape)
+        size = math.prod(shard) * value.dtype.itemsize
+        rows.append(WeightRow(path, value.shape, axes, spec, size))
+    return rows

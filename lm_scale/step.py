@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One optimizer step and one evaluation step: pure functions, ready for `jax.jit`.
+
+Nothing here knows how many devices there are. Under `jax.set_mesh` the arrays' types
+say where they live, and the same function runs data-parallel or model-parallel.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int, Key
+
+from lm_scale.losses import IGNORE, Sums, cross_entropy
+from lm_scale.sharding import Params, init_params, map_declarations
+
+Batch = dict[str, Int[Array, "B T"]]  # "tokens", "labels" and perhaps "segments"
+Metrics = dict[str, Float[Array, ""]]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """All that changes from step to step.
+
+    There is no random key in it: dropout is keyed by (seed, step), as the data is.
+    """
+
+    step: Int[Array, ""]  # updates made so far, and so the number of the next batch
+    params: Params
+    opt_state: optax.OptState
+
+
+def init_state(
+    model: nnx.Module, optimizer: optax.GradientTransformation, seed: int
+) -> TrainState:
+    """Fresh parameters and optimizer state; trace it under `jax.set_mesh`."""
+    params = init_params(model, model.compute.rules, jax.random.key(seed))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def decay_mask(model: nnx.Module) -> Params:
+    """True for each weight whose declaration allows weight decay."""
+    return map_declarations(model, lambda _, weight: weight.get_metadata("decay"))
+
+
+def make_train_step(
+    model: nnx.Module,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    seed: int,
+    accumulate: int = 1,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The jitted step: (state, batch) -> (state, metrics); donates the state.
+
+    The loss is the mean over all labels of the global batch, on any mesh and for any
+    `accumulate` (the number of equal parts that the batch is worked through in).
+    Metrics: loss (nats), grad_norm (before clipping), learning_rate, labels (their
+    number). Raises ValueError at trace time if the batch cannot be cut.
+    """
+    graphdef = nnx.split(model)[0]
+    chunk = model.compute.loss_chunk
+
+    def loss_sum(params: Params, batch: Batch, key: Key[Array, ""]):
+        model = nnx.merge(graphdef, params)
+        hidden = model(batch["tokens"], segments=batch.get("segments"), key=key)
+        return cross_entropy(model.head, hidden, batch["labels"], chunk=chunk)["loss"]
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        labels = jnp.sum(batch["labels"] != IGNORE).astype(jnp.float32)
+        micro = jax.tree.map(lambda x: split_batch(x, accumulate), batch)
+
+        def add_gradients(sums, inputs):
+            number, batch = inputs
+            micro_key = jax.random.fold_in(key, number)
+            grads = jax.value_and_grad(loss_sum)(state.params, batch, micro_key)
+            return jax.tree.map(jnp.add, sums, grads), None
+
+        if accumulate == 1:
+            first = jax.tree.map(lambda x: x[0], micro)
+            loss, grads = jax.value_and_grad(loss_sum)(
+                state.params, first, jax.random.fold_in(key, 0)
+            )
+        else:
+            zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+            numbers = jnp.arange(accumulate)
+            (loss, grads), _ = jax.lax.scan(add_gradients, zero, (numbers, micro))
+        scale = 1.0 / jnp.maximum(labels, 1.0)
+        grads = jax.tree.map(lambda g: g * scale, grads)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": loss * scale,
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "labels": labels,
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def make_eval_step(model: nnx.Module) -> Callable[[Params, Batch], Sums]:
+    """The jitted evaluation step: summed loss, right guesses and number of labels."""
+    graphdef = nnx.split(model)[0]
+    chunk = model.compute.loss_chunk
+
+    def eval_step(params: Params, batch: Batch) -> Sums:
+        model = nnx.merge(graphdef, params)
+        hidden = model(batch["tokens"], segments=batch.get("segments"))
+        labels = batch["labels"]
+        return cross_entropy(model.head, hidden, labels, chunk=chunk, accuracy=True)
+
+    return jax.jit(eval_step)
+
+
+def split_batch(x: Int[Array, "B T"], parts: int) -> Int[Array, "A b T"]:
+    """[B T] -> [parts B/parts T], each part spread over all the devices.
+
+    Row r goes to part r % parts: splitting the batch axis the other way round would
+    put the devices on the `parts` axis, and each part on a few of them.
+    """
+    (batch, length), spec = x.shape, jax.typeof(x).sharding.spec
+    parted = jnp.reshape(
+        x,
+        (batch // parts, parts, length),
+        out_sharding=PartitionSpec(spec[0], None, spec[1]),
+    )
+    return parted.swapaxes(0, 1)

@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Eight simulated CPU devices for every test, and a compilation cache."""
+
+import os
+from pathlib import Path
+
+# Before jax is imported: see lm_scale/__main__.py.
+os.environ.setdefault("NPROC", "16")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
+CACHE = Path(__file__).parent.parent / ".cache" / "jax"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+import jax  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The token store: what goes in comes out, across every border; damage is an error."""
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lm_scale.data.store import Manifest, StoreWriter, TokenStore, read_manifest
+from lm_scale.errors import InputError
+
+TINY = {"chunk_tokens": 8, "shard_tokens": 64}
+FACTS = {"tokenizer_hash": "abc", "separator": None, "source": {"part": "train"}}
+
+
+def random_documents(count, *, seed=0, vocabulary=300):
+    """Documents of 0 to 39 tokens."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(0, 40, count)
+    return [rng.integers(0, vocabulary, size) for size in sizes]
+
+
+def write(path, documents, *, vocab_size=300, step=7, **sizes) -> Manifest:
+    with StoreWriter(path, vocab_size=vocab_size, **(sizes or TINY)) as writer:
+        for i in range(0, len(documents), step):
+            writer.append(documents[i : i + step])
+        return writer.finish(**FACTS)
+
+
+def test_round_trip_across_chunks_and_shards(tmp_path):
+    documents = random_documents(101)
+    flat = np.concatenate(documents)
+    assert flat.size > 20 * 64  # many shards, the last of them partial
+    assert flat.size % 8
+    manifest = write(tmp_path / "s", documents)
+    store = TokenStore.open(tmp_path / "s")
+    assert store.manifest == manifest
+    assert (store.num_tokens, store.num_documents) == (flat.size, 101)
+    np.testing.assert_array_equal(store.read(0, flat.size), flat)
+    for i, document in enumerate(documents):
+        np.testing.assert_array_equal(store.document(i), document)
+
+
+@pytest.mark.parametrize("length", [1, 5, 8, 13, 64, 100])
+def test_blocks_start_anywhere(tmp_path, length):
+    documents = random_documents(50)
+    flat = np.concatenate(documents)
+    write(tmp_path / "s", documents)
+    store = TokenStore.open(tmp_path / "s")
+    last = flat.size - length
+    starts = np.array([last, 0, 3, 3, 7, 8, 60, 64, 127, last - 1])
+    blocks = store.read_blocks(starts, length)
+    assert blocks.dtype == np.int32
+    expected = np.stack([flat[start : start + length] for start in starts])
+    np.testing.assert_array_equal(blocks, expected)
+
+
+@pytest.mark.parametrize("size", [1, 8, 63, 64, 65, 128])
+def test_one_document_of_exactly_a_border(tmp_path, size):
+    write(tmp_path / "s", [np.arange(size)])
+    np.testing.assert_array_equal(
+        TokenStore.open(tmp_path / "s").document(0), np.arange(size)
+    )
+
+
+def test_default_sizes(tmp_path):
+    documents = [np.arange(70_000) % 50_257, [1, 2, 3], []]
+    write(tmp_path / "s", documents, vocab_size=50_257, chunk_tokens=1 << 14)
+    store = TokenStore.open(tmp_path / "s")
+    assert [store.document(i).size for i in range(3)] == [70_000, 3, 0]
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"),
+    [(256, "uint8"), (257, "uint16"), (65_536, "uint16"), (65_537, "uint32")],
+)
+def test_the_smallest_integers_that_hold_the_vocabulary(tmp_path, vocab_size, dtype):
+    top = [0, vocab_size - 1]
+    assert write(tmp_path / "s", [top], vocab_size=vocab_size).dtype == dtype
+    metadata = json.loads((tmp_path / "s/tokens/zarr.json").read_text())
+    assert metadata["data_type"] == dtype
+    assert TokenStore.open(tmp_path / "s").read(0, 2).tolist() == top
+
+
+@pytest.mark.parametrize("token", [-1, 300, 65_536])
+def test_tokens_outside_the_vocabulary_do_not_wrap(tmp_path, token):
+    with StoreWriter(tmp_path / "s", vocab_size=300, **TINY) as writer:
+        with pytest.raises(ValueError, match="vocabulary of 300"):
+            writer.append([[1, token]])
+
+
+def test_reads_outside_are_errors(tmp_path):
+    write(tmp_path / "s", [[1, 2, 3]])
+    store = TokenStore.open(tmp_path / "s")
+    for start, length in ((-1, 2), (2, 2), (0, 4)):
+        with pytest.raises(IndexError, match="store of 3 tokens"):
+            store.read(start, length)
+    for index in (-1, 1):
+        with pytest.raises(IndexError):
+            store.document(index)
+
+
+def test_no_blocks_is_an_empty_array(tmp_path):
+    write(tmp_path / "s", [[1, 2, 3]])
+    empty = TokenStore.open(tmp_path / "s").read_blocks(np.array([], np.int64), 2)
+    assert empty.shape == (0, 2)
+
+
+def test_pickles_by_path_for_workers(tmp_path):
+    write(tmp_path / "s", [[1, 2, 3]])
+    store = pickle.loads(pickle.dumps(TokenStore.open(tmp_path / "s")))
+    assert store.read(1, 2).tolist() == [2, 3]
+
+
+def test_a_path_and_its_url_are_one_place(tmp_path, monkeypatch):
+    folder = tmp_path / "a b%20ü"
+    write(folder.as_uri() + "/s/", [[1, 2]])
+    assert TokenStore.open(folder / "s").read(0, 2).tolist() == [1, 2]
+    monkeypatch.chdir(folder)
+    assert TokenStore.open("../a b%20ü/s").read(0, 2).tolist() == [1, 2]
+
+
+def test_the_arrays_are_plain_zarr3(tmp_path):
+    """Other readers of zarr find the sharding, and few files."""
+    write(tmp_path / "s", random_documents(50))
+    metadata = json.loads((tmp_path / "s/tokens/zarr.json").read_text())
+    assert metadata["zarr_format"] == 3
+    (codec,) = metadata["codecs"]
+    assert codec["name"] == "sharding_indexed"
+    assert codec["configuration"]["chunk_shape"] == [8]
+    tokens = metadata["shape"][0]
+    shards = list(Path(tmp_path, "s/tokens/c").iterdir())
+    assert len(shards) == -(-tokens // 64)
+
+
+def test_no_store_is_refused(tmp_path):
+    for path in (tmp_path, tmp_path / "none"):
+        assert read_manifest(path) is None
+        with pytest.raises(InputError, match="no complete token store"):
+            TokenStore.open(path)
+
+
+def test_an_incomplete_store_is_refused_and_can_be_written_again(tmp_path):
+    path = tmp_path / "s"
+    with pytest.raises(RuntimeError), StoreWriter(path, vocab_size=9, **TINY) as writer:
+        writer.append([[8] * 200])
+        raise RuntimeError("killed")
+    assert (path / "tokens/c/0").exists()
+    with pytest.raises(InputError, match="cut short"):
+        TokenStore.open(path)
+    write(path, [[1, 2]])
+    assert TokenStore.open(path).document(0).tolist() == [1, 2]
+
+
+def test_a_complete_store_is_not_written_over(tmp_path):
+    write(tmp_path / "s", [[1, 2]])
+    with pytest.raises(InputError, match="already holds a complete token store"):
+        StoreWriter(tmp_path / "s", vocab_size=9)
+    assert TokenStore.open(tmp_path / "s").num_tokens == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "has format 2; this version of lm_scale reads format 1"),
+        ({"tokens": 5}, "tokens has 2 entries and the manifest says 5"),
+        ({"documents": 3}, "offsets has 2 entries and the manifest says 4"),
+        ({"colour": "red"}, "is broken"),
+    ],
+)
+def test_manifests_that_do_not_fit_are_refused(tmp_path, change, message):
+    write(tmp_path / "s", [[1, 2]])
+    file = tmp_path / "s/manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(InputError, match=message):
+        TokenStore.open(tmp_path / "s")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
+def test_broken_manifests_are_refused(tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(InputError, match="is broken"):
+        TokenStore.open(tmp_path)
+
+
+def test_a_missing_array_is_damage(tmp_path):
+    write(tmp_path / "s", [[1, 2]])
+    (tmp_path / "s/offsets/zarr.json").unlink()
+    with pytest.raises(InputError, match="is damaged"):
+        TokenStore.open(tmp_path / "s")
+
+
+def test_a_flipped_bit_is_an_error_not_a_token(tmp_path):
+    write(tmp_path / "s", [np.arange(64)])
+    shard = tmp_path / "s/tokens/c/0"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 4] ^= 1
+    shard.write_bytes(content)
+    store = TokenStore.open(tmp_path / "s")
+    with pytest.raises(ValueError, match="shard|chunk|crc|CRC|Digest|digest"):
+        store.read(0, 64)
+
+
+def test_places_that_cannot_be_read_are_refused(tmp_path):
+    with pytest.raises(InputError, match="cannot read ftp://"):
+        TokenStore.open("ftp://host/s")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="cannot write"):
+        StoreWriter(tmp_path / "file" / "s", vocab_size=9)
