@@ -34,11 +34,11 @@ config = RunConfig(
     schedule=Schedule(peak=3e-3, warmup=50, decay="cosine", final=0.1),
     seq_len=128,
     batch=8,
-    steps=600,
+    steps=480,  # nearly one epoch
     compute=Compute(dtype="float32", remat="none"),
     simulated_devices=8,
     log_every=10,
-    eval_every=200,
-    save_every=200,
+    eval_every=120,
+    save_every=120,
     sample_prompt="The function returns",
 )

@@ -49,6 +49,7 @@ class MeshShape:
     tensor: int = 1  # heads, mlp and vocabulary inside a layer
 
 
+FULLY_SHARDED = MeshShape(data=1, fsdp=-1)
 MESH_AXES = tuple(field.name for field in dataclasses.fields(MeshShape))
 
 

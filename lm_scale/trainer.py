@@ -36,7 +36,7 @@ from lm_scale.models import build_model, family_of
 from lm_scale.objectives import Vocabulary
 from lm_scale.optim import make_optimizer, make_schedule
 from lm_scale.sharding import (
-    MeshShape,
+    FULLY_SHARDED,
     Params,
     abstract_params,
     check_divides,
@@ -177,14 +177,16 @@ def run_steps(
         # so that the devices never wait for the host.
         log(pending)
         pending = (step, values)
-        if config.eval_every and step % config.eval_every == 0 and step < steps:
-            log(pending)
+        eval_now = config.eval_every and step % config.eval_every == 0 and step < steps
+        save_now = config.save_every and step % config.save_every == 0
+        if eval_now or save_now:
+            log(pending)  # waits for the step: its time is the step's, not the pause's
             pending = None
             with metrics.pause():
-                metrics.log_eval(step, evaluated(state.params))
-        if config.save_every and step % config.save_every == 0:
-            with metrics.pause():
-                saved.save(state)
+                if save_now:
+                    saved.save(state)
+                if eval_now:
+                    metrics.log_eval(step, evaluated(state.params))
         if stop.is_set():
             break
     log(pending)
@@ -417,8 +419,8 @@ def open_run(run_dir: str) -> OpenRun:
     config = read_run(run_dir)
     try:
         mesh = make_mesh(config.mesh)
-    except InputError:  # trained on another number of devices: shard all weights
-        mesh = make_mesh(MeshShape(data=1, fsdp=-1))
+    except InputError:  # trained on another number of devices
+        mesh = make_mesh(FULLY_SHARDED)
     model = build_model(config.model, config.compute)
     check_divides(model, config.compute.rules, mesh)
     if not (Path(run_dir) / "checkpoints").is_dir():
