@@ -14,6 +14,10 @@ os.environ.setdefault("NPROC", str(max(16, os.cpu_count() or 1)))
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tyro.conf import Positional, arg
 
 from lm_scale import __version__
 from lm_scale.errors import InputError
@@ -127,18 +131,21 @@ def prepare(argv: list[str]) -> int:
 # --- Commands that take a run directory ---------------------------------------------
 
 
+RunDir = Annotated[Positional[str], arg(metavar="RUN_DIR")]
+
+
 @dataclass(frozen=True)
 class Eval:
     """Evaluates the newest checkpoint of a run on its held-out split."""
 
-    run_dir: str  # of a run that has a checkpoint
+    run_dir: RunDir  # of a run that has a checkpoint
 
 
 @dataclass(frozen=True)
 class Generate:
     """Continues a text (causal LM), or fills in its masks (masked LM)."""
 
-    run_dir: str  # of a run that has a checkpoint
+    run_dir: RunDir  # of a run that has a checkpoint
     prompt: str = "The"  # may hold <mask> for a masked LM
     max_new_tokens: int = 100  # tokens to add
     temperature: float = 0.8  # 0: always the likeliest token
@@ -152,18 +159,13 @@ class Generate:
 class Export:
     """Writes the newest checkpoint of a run as a Hugging Face model."""
 
-    run_dir: str  # of a run that has a checkpoint
+    run_dir: RunDir  # of a run that has a checkpoint
     out: str | None = None  # folder; default: RUN_DIR/hf
 
 
 def arguments(kind: type, argv: list[str]):
     """`RUN_DIR [--options]` as a dataclass; a mistake exits with status 2 (tyro)."""
-    import tyro
-
-    marked = tyro.conf.OmitArgPrefixes[kind]
-    positional = {"run_dir": tyro.conf.Positional[str]}
-    marked.__annotations__ = {**kind.__annotations__, **positional}
-    return tyro.cli(marked, args=argv, prog=f"lm-scale {kind.__name__.lower()}")
+    return tyro.cli(kind, args=argv, prog=f"lm-scale {kind.__name__.lower()}")
 
 
 def eval_(argv: list[str]) -> int:

@@ -69,14 +69,14 @@ class Checkpoints:
                 meta=ocp.args.JsonRestore(),
             ),
         )
-        step = jax.device_put(restored.meta["step"], target.step.sharding)
+        step = jax.device_put(restored["meta"]["step"], target.step.sharding)
         step = step.astype(target.step.dtype)
-        return TrainState(step, restored.params, restored.opt_state)
+        return TrainState(step, restored["params"], restored["opt_state"])
 
     def restore_params(self, target: Params) -> Params:
         """The newest parameters alone."""
         args = ocp.args.Composite(params=ocp.args.StandardRestore(target))
-        return self.manager.restore(self.newest(), args=args).params
+        return self.manager.restore(self.newest(), args=args)["params"]
 
     def newest(self) -> int:
         """The newest step; InputError if there is none."""

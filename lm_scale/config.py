@@ -8,6 +8,7 @@ directory, where a later process finds it and checks that it goes on with the sa
 
 import dataclasses
 import json
+import math
 import runpy
 import sys
 import types
@@ -107,6 +108,12 @@ class RunConfig:
                     + f". Use a multiple of {parts * times}."
                 )
 
+    def total_steps(self, examples: int) -> int:
+        """Optimizer steps of the run, whose training split has so many sequences."""
+        if self.steps is not None:
+            return self.steps
+        return math.ceil((self.epochs or 0.0) * examples / self.batch)
+
     @property
     def store_dir(self) -> str:
         """Folder that holds `tokenizer`, `train` and `validation`."""
@@ -186,7 +193,8 @@ def from_dict(kind: Any, value: Any) -> Any:
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         names = [field.name for field in dataclasses.fields(kind)]
-        return kind(**{name: from_dict(hints[name], value[name]) for name in names})
+        make: Any = kind
+        return make(**{name: from_dict(hints[name], value[name]) for name in names})
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -40,7 +40,7 @@ def evaluate(
         "loss": loss,
         "perplexity": math.exp(loss) if loss < 700 else math.inf,
         "accuracy": totals["correct"] / count,
-        "labels": totals["count"],
+        "labels": int(totals["count"]),
     }
 
 

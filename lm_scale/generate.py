@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from lm_scale.errors import InputError
-from lm_scale.models import build_model
+from lm_scale.models import Model, build_model
 from lm_scale.sharding import Params
 
 
@@ -37,14 +37,14 @@ class Sampling:
             raise InputError(f"sampling: expected 0 < top_p <= 1, got {self.top_p}.")
 
 
-def unbatched(model: nnx.Module) -> nnx.Module:
+def unbatched(model: Model) -> Model:
     """The same model with the batch whole on every device: a prompt is one row."""
     rules = dataclasses.replace(model.compute.rules, batch=(), seq=())
     return build_model(model.config, dataclasses.replace(model.compute, rules=rules))
 
 
 def generate(
-    model: nnx.Module,
+    model: Model,
     params: Params,
     prompt: np.ndarray,
     sampling: Sampling,
@@ -113,7 +113,7 @@ def sample(
 
 
 def fill_masks(
-    model: nnx.Module, params: Params, tokens: np.ndarray, mask_id: int
+    model: Model, params: Params, tokens: np.ndarray, mask_id: int
 ) -> np.ndarray:
     """Replaces each mask by its likeliest token: int32 [B T] -> int32 [B T].
 

@@ -11,13 +11,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lm_scale.errors import InputError
-from lm_scale.models import FAMILIES, ModelConfig, family_of
+from lm_scale.models import FAMILIES, Model, ModelConfig, family_of
 from lm_scale.models.layers import HFWeight
 from lm_scale.sharding import Params, declarations, flatten, unflatten
 
@@ -74,7 +73,7 @@ def _with_defaults(content: dict) -> dict:
     return AutoConfig.for_model(content["model_type"], **arguments).to_dict()
 
 
-def read_params(folder: Path | str, model: nnx.Module) -> Params:
+def read_params(folder: Path | str, model: Model) -> Params:
     """The parameters (float32 numpy) of a folder with `model.safetensors`.
 
     Sharded checkpoints (`model.safetensors.index.json`) are read as well. Raises
@@ -119,7 +118,7 @@ def _block_to_hf(entry: HFWeight, block: np.ndarray, layer: int) -> Tensors:
     return tensors
 
 
-def from_hf(model: nnx.Module, tensors: Tensors) -> Params:
+def from_hf(model: Model, tensors: Tensors) -> Params:
     """Hugging Face's tensors -> our parameters, float32 numpy.
 
     Raises InputError naming a tensor that is missing or has another shape.

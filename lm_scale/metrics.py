@@ -181,7 +181,7 @@ class MetricsLogger:
         """Logs and prints what an evaluation after `step` train steps gave."""
         if self.enabled:
             self._write(step, "eval", metrics)
-            text = " | ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            text = " | ".join(f"{name} {number(x)}" for name, x in metrics.items())
             self.print(f"step {step}/{self.total_steps} | eval: {text}")
 
     @contextlib.contextmanager
@@ -263,6 +263,11 @@ def drop_lines_after(path: Path, step: int) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(line + "\n" for line in lines if keep(line)), "utf-8")
     os.replace(temporary, path)
+
+
+def number(value: float) -> str:
+    """A count with separators, anything else with four decimals."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
 def clock(seconds: float) -> str:

@@ -80,7 +80,8 @@ class MaskedLM:
         chosen &= ~np.isin(tokens, vocabulary.special_ids)
         fate = noise.random(tokens.shape, np.float32)
         anything = noise.integers(0, vocabulary.size, tokens.shape, np.int32)
-        hidden = np.where(fate < self.masked, np.int32(vocabulary.mask_id), tokens)
+        masks = np.full_like(tokens, vocabulary.mask_id)
+        hidden = np.where(fate < self.masked, masks, tokens)
         swapped = (fate >= self.masked) & (fate < self.masked + self.random)
         hidden = np.where(swapped, anything, hidden)
         return {

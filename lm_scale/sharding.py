@@ -133,7 +133,7 @@ def resolve_mesh_shape(shape: MeshShape, devices: int) -> MeshShape:
     return MeshShape(**sizes)
 
 
-def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over `devices` (default: all), with Explicit axes.
 
     Raises InputError if the shape does not multiply to the number of devices.

@@ -7,15 +7,17 @@ say where they live, and the same function runs data-parallel or model-parallel.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from lm_scale.losses import IGNORE, Sums, cross_entropy
+from lm_scale.models import Model
 from lm_scale.sharding import Params, init_params, map_declarations
 
 Batch = dict[str, Int[Array, "B T"]]  # "tokens", "labels" and perhaps "segments"
@@ -36,20 +38,37 @@ class TrainState:
 
 
 def init_state(
-    model: nnx.Module, optimizer: optax.GradientTransformation, seed: int
+    model: Model, optimizer: optax.GradientTransformation, seed: int
 ) -> TrainState:
     """Fresh parameters and optimizer state; trace it under `jax.set_mesh`."""
     params = init_params(model, model.compute.rules, jax.random.key(seed))
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def decay_mask(model: nnx.Module) -> Params:
+def abstract_state(
+    model: Model, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """The state as ShapeDtypeStructs with their shardings: a checkpoint's target."""
+    with jax.set_mesh(mesh):
+        state = jax.eval_shape(lambda: init_state(model, optimizer, seed=0))
+
+    def rebound(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        # eval_shape speaks of an abstract mesh (of none for scalars made in the step);
+        # a restore needs the devices.
+        spec = x.sharding.spec if x.sharding else PartitionSpec()
+        sharding = NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(rebound, state)
+
+
+def decay_mask(model: Model) -> Params:
     """True for each weight whose declaration allows weight decay."""
     return map_declarations(model, lambda _, weight: weight.get_metadata("decay"))
 
 
 def make_train_step(
-    model: nnx.Module,
+    model: Model,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     *,
@@ -95,10 +114,10 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g * scale, grads)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+            params = cast(Params, optax.apply_updates(state.params, updates))
         metrics = {
             "loss": loss * scale,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "labels": labels,
         }
@@ -107,7 +126,7 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0)
 
 
-def make_eval_step(model: nnx.Module) -> Callable[[Params, Batch], Sums]:
+def make_eval_step(model: Model) -> Callable[[Params, Batch], Sums]:
     """The jitted evaluation step: summed loss, right guesses and number of labels."""
     graphdef = nnx.split(model)[0]
     chunk = model.compute.loss_chunk

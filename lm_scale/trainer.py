@@ -6,7 +6,7 @@ import json
 import math
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
@@ -32,7 +31,7 @@ from lm_scale.errors import InputError
 from lm_scale.evaluate import evaluate, unigram_loss
 from lm_scale.generate import Sampling, fill_masks, generate
 from lm_scale.metrics import MetricsLogger
-from lm_scale.models import build_model, family_of
+from lm_scale.models import Model, build_model, family_of
 from lm_scale.objectives import Vocabulary
 from lm_scale.optim import make_optimizer, make_schedule
 from lm_scale.sharding import (
@@ -45,6 +44,7 @@ from lm_scale.sharding import (
 )
 from lm_scale.step import (
     TrainState,
+    abstract_state,
     decay_mask,
     init_state,
     make_eval_step,
@@ -83,7 +83,7 @@ def train(config: RunConfig, console: Console | None = None) -> Outcome:
     # 2. Text -> tokenizer -> token stores -> batches.
     tokenizer = prepare_data(config, console)
     batches, held_out = open_batches(config, tokenizer)
-    steps = config.steps or math.ceil(config.epochs * batches.examples / config.batch)
+    steps = config.total_steps(batches.examples)
 
     # 3. Model and optimizer: the state is restored if there is one, else made.
     schedule = make_schedule(config.schedule, steps)
@@ -112,7 +112,7 @@ def train(config: RunConfig, console: Console | None = None) -> Outcome:
         def evaluated(params: Params) -> dict[str, float]:
             return evaluate(eval_step, params, held_out, mesh, rules)
 
-        with metrics, stop_on_signals(console) as stop:
+        with metrics, stop_on_signals(metrics.print) as stop:
             last = min(steps, config.stop_at or steps)
             source = device_batches(
                 batches, mesh, rules, start=int(state.step), stop=last
@@ -132,11 +132,14 @@ def train(config: RunConfig, console: Console | None = None) -> Outcome:
             saved.save(state)
             if step < steps:
                 saved.wait()
-                console.print(f"Stopped after step {step} of {steps}, saved. "
-                              f"Run the same command to go on.")  # fmt: skip
+                metrics.print(
+                    f"Stopped after step {step} of {steps}, saved. "
+                    f"Run the same command to go on."
+                )
                 return Outcome(step, False, stop.is_set(), {})
             results = evaluated(state.params)
-            metrics.log_eval(step, results)
+            if metrics.start_step < steps:  # or the line is there already
+                metrics.log_eval(step, results)
         saved.wait()
 
         # 5. What was learnt, and where it is.
@@ -194,7 +197,7 @@ def run_steps(
 
 
 @contextmanager
-def stop_on_signals(console: Console) -> Iterator[threading.Event]:
+def stop_on_signals(say: Callable[[str], None]) -> Iterator[threading.Event]:
     """An event that the first SIGINT or SIGTERM sets; the second ends the process."""
     stop, former = threading.Event(), {}
 
@@ -202,7 +205,7 @@ def stop_on_signals(console: Console) -> Iterator[threading.Event]:
         stop.set()
         for signal_number, handler in former.items():
             signal.signal(signal_number, handler)
-        console.print("Stopping after this step; a second signal ends at once.")
+        say("Stopping after this step; a second signal ends at once.")
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -286,19 +289,19 @@ def open_batches(config: RunConfig, tokenizer) -> tuple[TrainBatches, EvalBatche
 
 def first_state(
     config: RunConfig,
-    model: nnx.Module,
+    model: Model,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     saved: Checkpoints,
     console: Console,
 ) -> TrainState:
     """The state to go on from. To be called under `jax.set_mesh`."""
-    make = jax.jit(lambda: init_state(model, optimizer, config.seed))
     # Resuming goes before a warm start, a warm start before a cold one.
     if saved.latest() is not None:
-        state = saved.restore(jax.eval_shape(make))
+        state = saved.restore(abstract_state(model, optimizer, mesh))
         console.print(f"Going on from step {int(state.step)} in {saved.directory}")
         return state
+    make = jax.jit(lambda: init_state(model, optimizer, config.seed))
     if config.init_from is not None:
         found = hf.read_config(config.init_from)
         mine = dataclasses.asdict(config.model)
@@ -323,7 +326,7 @@ def first_state(
 
 def describe(
     config: RunConfig,
-    model: nnx.Module,
+    model: Model,
     mesh: Mesh,
     batches: TrainBatches,
     steps: int,
@@ -361,7 +364,7 @@ def describe(
 # --- The end -------------------------------------------------------------------------
 
 
-def sample_text(config: RunConfig, model: nnx.Module, params: Params, tokenizer) -> str:
+def sample_text(config: RunConfig, model: Model, params: Params, tokenizer) -> str:
     """The prompt continued (causal LM), or with its masks filled in (masked LM)."""
     if family_of(config.model).causal:
         prompt = np.array([tokenizer.encode(config.sample_prompt)], np.int32)
@@ -409,7 +412,7 @@ class OpenRun:
 
     config: RunConfig
     mesh: Mesh
-    model: nnx.Module
+    model: Model
     params: Params
     tokenizer: Any
 

@@ -82,9 +82,9 @@ def documents(config: CorpusConfig, part: Part) -> Iterator[str]:
       InputError: at the call for a source that is missing, unreadable or empty; while
         iterating for a row that cannot be read.
     """
-    separate = config.validation_source is not None
     validating = part == "validation"
-    source = config.validation_source if separate and validating else config.source
+    separate = config.validation_source is not None
+    source = (config.validation_source if validating else None) or config.source
     texts, whole = _open(config, source, validating)
     texts = (text for text in texts if not text.isspace() and text)
     first = next(texts, None)  # errors surface here, not hours later
@@ -230,9 +230,10 @@ def _hub_rows(
     return splits[split], whole
 
 
-def _load(*names: str | None, **options):
+def _load(*names: Any, **options: Any) -> Any:
     """`datasets.load_dataset` as a stream, without progress bars or download counts."""
     import datasets  # 2 s: only who reads text pays
+    import datasets.config
 
     datasets.disable_progress_bars()
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else local files are reported

@@ -10,6 +10,7 @@ just the rows that its devices hold.
 
 import bisect
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import grain
 import jax
@@ -110,8 +111,8 @@ class LocalRows:
     def __len__(self) -> int:
         return self.steps
 
-    def __getitem__(self, step: int) -> HostBatch:
-        return self.batches.rows(step, self.rows)
+    def __getitem__(self, record_key: int) -> HostBatch:  # grain's name for the step
+        return self.batches.rows(record_key, self.rows)
 
 
 def device_batches(
@@ -130,10 +131,11 @@ def device_batches(
         return
     sharding = NamedSharding(mesh, rules.spec("batch", "seq"))
     shape = (batches.batch, batches.seq_len)
-    slices = sharding.addressable_devices_indices_map(shape).values()
+    slices: Any = sharding.addressable_devices_indices_map(shape).values()
     rows = sorted({row for s in slices for row in range(*s[0].indices(shape[0]))})
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
-    source = grain.MapDataset.source(LocalRows(batches, rows, stop))
+    local: Any = LocalRows(batches, rows, stop)  # all that grain asks of a source
+    source = grain.MapDataset.source(local)
     for host in source[start:].to_iter_dataset(options):
         yield {name: _global(x, rows, shape, sharding) for name, x in host.items()}
 

@@ -89,9 +89,9 @@ def _path(out: str | Path, part: Part) -> str:
 
 
 def _end_of_text(tokenizer: "PreTrainedTokenizerFast") -> int:
-    for token in (tokenizer.eos_token_id, tokenizer.sep_token_id):
-        if token is not None:
-            return token
+    for name in (tokenizer.eos_token, tokenizer.sep_token):
+        if name is not None:
+            return tokenizer.get_vocab()[str(name)]
     raise InputError(
         "the tokenizer has no end-of-text token (eos or sep) to separate documents; "
         "choose one that has, or prepare without a separator."

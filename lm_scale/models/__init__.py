@@ -3,14 +3,13 @@
 
 from dataclasses import dataclass
 
-from flax import nnx
-
 from lm_scale.models import gpt2, roberta
 from lm_scale.models.gpt2 import GPT2, GPT2Config
 from lm_scale.models.layers import Compute, HFWeight
 from lm_scale.models.roberta import Roberta, RobertaConfig
 
 ModelConfig = GPT2Config | RobertaConfig
+Model = GPT2 | Roberta
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,6 @@ def family_of(config: ModelConfig) -> Family:
     return next(family for family in FAMILIES if isinstance(config, family.config))
 
 
-def build_model(config: ModelConfig, compute: Compute) -> nnx.Module:
+def build_model(config: ModelConfig, compute: Compute) -> Model:
     """The declared model: shapes and axes, no arrays yet."""
     return family_of(config).module(config, compute)

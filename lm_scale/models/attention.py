@@ -39,7 +39,9 @@ def attention(
     return jnp.einsum("BHTS,BSHN->BTHN", probs, v)
 
 
-def causal_mask(queries: int, keys: int, start=0) -> Bool[Array, "1 1 T S"]:
+def causal_mask(
+    queries: int, keys: int, start: int | Int[Array, ""] = 0
+) -> Bool[Array, "1 1 T S"]:
     """Query i stands at position start + i and sees the keys up to its own position."""
     positions = start + jnp.arange(queries)[:, None]
     return (positions >= jnp.arange(keys)[None, :])[None, None]

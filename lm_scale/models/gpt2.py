@@ -23,6 +23,7 @@ from lm_scale.models.layers import (
     embed,
     hf_matrix,
     hf_vector,
+    layer_keys,
     scan_blocks,
     split_key,
 )
@@ -225,7 +226,7 @@ class GPT2(nnx.Module):
         def apply(block, x, key):
             return block(x, mask=mask, key=key)[0], None
 
-        keys = key if key is None else jax.random.split(blocks_key, self.config.layers)
+        keys = layer_keys(blocks_key, self.config.layers)
         x, _ = scan_blocks(self.blocks, apply, x, keys, remat=self.compute.remat)
         return self.final_norm(x)
 

@@ -72,6 +72,11 @@ def split_key(key: Key[Array, ""] | None, number: int):
     return [None] * number if key is None else jax.random.split(key, number)
 
 
+def layer_keys(key: Key[Array, ""] | None, layers: int) -> Key[Array, "L"] | None:
+    """A key for each layer, as `scan_blocks` takes them."""
+    return None if key is None else jax.random.split(key, layers)
+
+
 def embed(
     table: nnx.Param, ids: Int[Array, "B T"], compute: Compute
 ) -> Float[Array, "B T D"]:
@@ -107,7 +112,7 @@ def scan_blocks(
     if remat != "none":
         # The scan already keeps XLA from merging the two computations of a layer.
         layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    return jax.lax.scan(layer, x, (nnx.pure(weights), per_layer))
+    return jax.lax.scan(layer, x, (nnx.as_pure(weights), per_layer))
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from lm_scale.models.layers import (
     hf_linear,
     hf_matrix,
     hf_vector,
+    layer_keys,
     scan_blocks,
     split_key,
 )
@@ -217,7 +218,7 @@ class Roberta(nnx.Module):
         def apply(block, x, key):
             return block(x, mask=mask, key=key), None
 
-        keys = key if key is None else jax.random.split(blocks_key, self.config.layers)
+        keys = layer_keys(blocks_key, self.config.layers)
         x, _ = scan_blocks(self.blocks, apply, x, keys, remat=self.compute.remat)
         return x
 

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole runs: what they leave behind, and that stopping midway changes nothing."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+from tiny import causal_run, masked_run
+
+from lm_scale import hf
+from lm_scale.checkpoint import Checkpoints
+from lm_scale.config import read_run
+from lm_scale.errors import InputError
+from lm_scale.models import build_model
+from lm_scale.sharding import MeshShape, flatten
+from lm_scale.trainer import open_run, train
+
+QUIET = Console(quiet=True)
+
+
+def final_params(run_dir: str) -> dict[str, np.ndarray]:
+    return {k: np.array(v) for k, v in flatten(open_run(run_dir).params).items()}
+
+
+def lines(run_dir: str, kind: str) -> list[dict]:
+    text = (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, text) if line["kind"] == kind]
+
+
+@pytest.fixture(scope="module", params=[causal_run, masked_run])
+def straight(request, tmp_path_factory):
+    """A finished run of 30 steps, and the function that configures its like."""
+    folder = tmp_path_factory.mktemp(request.param.__name__)
+    config = request.param(folder)
+    return config, train(config, QUIET), request.param
+
+
+def test_a_run_learns_and_says_so(straight):
+    config, outcome, _ = straight
+    assert outcome.finished and not outcome.interrupted and outcome.step == 30
+    losses = [line["loss"] for line in lines(config.run_dir, "train")]
+    assert len(losses) == 30 and losses[-1] < losses[0] - 1
+    results = json.loads((Path(config.run_dir) / "eval_results.json").read_text())
+    assert results["eval_loss"] == outcome.results["loss"]
+    if config.model.__class__.__name__ == "GPT2Config":
+        assert results["eval_loss"] < results["unigram_loss"]
+    assert [line["step"] for line in lines(config.run_dir, "eval")] == [20, 30]
+
+
+def test_the_export_holds_the_final_weights(straight):
+    config, _, _ = straight
+    folder = Path(config.run_dir) / "hf"
+    assert hf.read_config(folder) == config.model
+    model = build_model(config.model, config.compute)
+    exported = flatten(hf.read_params(folder, model))
+    for path, value in final_params(config.run_dir).items():
+        np.testing.assert_array_equal(exported[path], value, err_msg=path)
+
+
+def test_stopped_and_resumed_is_bitwise_the_same(straight, tmp_path):
+    config, _, make = straight
+    stopped = make(tmp_path, stop_at=15)
+    first = train(stopped, QUIET)
+    assert first.step == 15 and not first.finished and not first.interrupted
+    second = train(dataclasses.replace(stopped, stop_at=None), QUIET)
+    assert second.step == 30 and second.finished
+
+    want, got = final_params(config.run_dir), final_params(stopped.run_dir)
+    for path, value in want.items():
+        np.testing.assert_array_equal(got[path], value, err_msg=path)
+    for key in ("step", "loss", "grad_norm", "learning_rate"):
+        want_lines = [line[key] for line in lines(config.run_dir, "train")]
+        got_lines = [line[key] for line in lines(stopped.run_dir, "train")]
+        assert got_lines == want_lines, key  # no step missing, none twice
+    assert second.results["loss"] == straight[1].results["loss"]
+
+
+def test_resume_on_another_mesh_agrees_to_rounding(tmp_path, straight):
+    config, _, make = straight
+    shape = MeshShape(data=2, fsdp=2, tensor=2)
+    stopped = make(tmp_path, stop_at=15)
+    train(stopped, QUIET)
+    train(dataclasses.replace(stopped, stop_at=None, mesh=shape), QUIET)
+    want = [line["loss"] for line in lines(config.run_dir, "train")]
+    got = [line["loss"] for line in lines(stopped.run_dir, "train")]
+    # f32 sums in another order, amplified by 15 steps of Adam at 1e-2.
+    np.testing.assert_allclose(got, want, rtol=2e-4)
+
+
+def test_a_finished_run_has_nothing_left_to_do(straight):
+    config, outcome, _ = straight
+    again = train(config, QUIET)
+    assert again.step == 30 and again.finished
+    assert again.results == outcome.results
+    assert len(lines(config.run_dir, "train")) == 30
+    assert len(lines(config.run_dir, "eval")) == 2
+
+
+def test_work_after_the_last_checkpoint_is_done_again_once(straight, tmp_path):
+    """As after a kill: the logs go further than the newest checkpoint."""
+    config, _, make = straight
+    killed = make(tmp_path, stop_at=23)
+    train(killed, QUIET)
+    with Checkpoints(killed.run_dir) as saved:
+        saved.manager.delete(23)
+        assert saved.latest() == 20
+    train(dataclasses.replace(killed, stop_at=None), QUIET)
+    steps = [line["step"] for line in lines(killed.run_dir, "train")]
+    assert steps == list(range(1, 31))
+    want, got = final_params(config.run_dir), final_params(killed.run_dir)
+    for path, value in want.items():
+        np.testing.assert_array_equal(got[path], value, err_msg=path)
+
+
+def test_another_config_is_refused_by_field(straight):
+    config, _, _ = straight
+    changed = dataclasses.replace(config, batch=32, seed=1, log_every=7)
+    with pytest.raises(InputError) as error:
+        train(changed, QUIET)
+    assert "batch: 16 there, 32 here" in str(error.value)
+    assert "seed: 42 there, 1 here" in str(error.value)
+    assert "log_every" not in str(error.value)
+    assert read_run(config.run_dir) == config  # nothing was overwritten
+
+
+def test_init_from_a_hugging_face_folder(straight, tmp_path):
+    config, outcome, make = straight
+    folder = Path(config.run_dir) / "hf"
+    data = dataclasses.replace(  # the weights' own tokenizer
+        config.data,
+        tokenizer=dataclasses.replace(config.data.tokenizer, path=str(folder)),
+    )
+    warm = make(tmp_path, init_from=str(folder), data=data, steps=8, eval_every=1)
+    train(warm, QUIET)
+    first = lines(warm.run_dir, "eval")[0]["loss"]
+    # The first update has learning rate 0, so this is the loss of the exported weights.
+    assert first == pytest.approx(outcome.results["loss"], rel=1e-6)
+
+
+def test_init_from_another_architecture_names_the_fields(straight, tmp_path):
+    config, _, make = straight
+    folder = str(Path(config.run_dir) / "hf")
+    wide = dataclasses.replace(config.model, mlp=64)
+    with pytest.raises(InputError, match="mlp = 48 there, 64 here"):
+        train(make(tmp_path, init_from=folder, model=wide), QUIET)
+
+
+def test_keep_limits_the_checkpoints(straight):
+    config, _, _ = straight
+    folder = Path(config.run_dir) / "checkpoints"
+    assert sorted(int(path.name) for path in folder.iterdir()) == [20, 30]
+
+
+def test_a_run_opens_on_one_device(straight, monkeypatch):
+    config, _, _ = straight
+    one = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: one)
+    run = open_run(config.run_dir)
+    assert run.mesh.size == 1
