@@ -99,17 +99,16 @@ def sample(
     logits = jax.reshard(logits, jax.P(None, None))  # sorting needs the whole row
     if sampling.temperature == 0:
         return jnp.argmax(logits, -1).astype(jnp.int32)
-    logits = logits / sampling.temperature
-    if sampling.top_k:
-        worst = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
-        logits = jnp.where(logits < worst, -jnp.inf, logits)
+    vocab = logits.shape[-1]
+    # Likeliest first; equals by their number, so that no more are kept than asked for.
+    ordered, ids = jax.lax.top_k(logits, min(sampling.top_k or vocab, vocab))
+    ordered = ordered / sampling.temperature
     if sampling.top_p < 1:
-        ordered = jnp.sort(logits, axis=-1, descending=True)
         probs = jax.nn.softmax(ordered)
         kept = jnp.cumsum(probs, -1) - probs < sampling.top_p  # the first always
-        worst = jnp.min(jnp.where(kept, ordered, jnp.inf), -1, keepdims=True)
-        logits = jnp.where(logits < worst, -jnp.inf, logits)
-    return jax.random.categorical(key, logits).astype(jnp.int32)
+        ordered = jnp.where(kept, ordered, -jnp.inf)
+    choice = jax.random.categorical(key, ordered)
+    return jnp.take_along_axis(ids, choice[:, None], axis=1)[:, 0].astype(jnp.int32)
 
 
 def fill_masks(

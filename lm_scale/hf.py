@@ -51,7 +51,9 @@ def read_config(folder: Path | str) -> ModelConfig:
     """The model config of a Hugging Face folder; InputError if we lack the family."""
     path = Path(folder) / "config.json"
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"expected an object, found {content!r:.40}")
     except (OSError, ValueError) as error:
         raise InputError(
             f"{path} is not a readable Hugging Face config: {error}"
@@ -82,7 +84,13 @@ def read_params(folder: Path | str, model: Model) -> Params:
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{index} is not a readable index of safetensors files: {error!r}"
+            ) from error
+        files = sorted(set(weight_map.values()))
     else:
         files = ["model.safetensors"]
     tensors: dict[str, np.ndarray] = {}
@@ -146,15 +154,18 @@ def _block_from_hf(
     parts = []
     for name in entry.names:
         name = name.format(layer=layer)
-        if name not in tensors:
+        # Saved without its head, as `openai-community/gpt2`: no `transformer.`.
+        tensor = tensors.get(name, tensors.get(name.partition(".")[2]))
+        if tensor is None:
             raise InputError(f"The Hugging Face checkpoint has no tensor {name!r}.")
-        tensor = np.asarray(tensors[name], np.float32)
-        tensor = tensor.T if entry.transpose else tensor
+        tensor = np.asarray(tensor, np.float32)
         expected = entry.matrix_shape(part_shape)
+        expected = expected[::-1] if entry.transpose else expected
         if tensor.shape != expected:
             raise InputError(
                 f"Tensor {name!r} has shape {tensor.shape}, the model expects "
                 f"{expected}. Does the config belong to these weights?"
             )
+        tensor = tensor.T if entry.transpose else tensor
         parts.append(tensor.reshape(part_shape))
     return np.stack(parts, axis) if several else parts[0]

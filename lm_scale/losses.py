@@ -24,9 +24,10 @@ def cross_entropy(
     """Summed token loss (nats), number of labels and, if asked for, of right guesses.
 
     `head` turns hidden states into f32 logits; it runs on at most `chunk` positions of
-    each sequence at a time, and again in the backward pass, so that logits take
-    chunk/T of the memory. The vocabulary may be sharded: no logits are gathered.
-    Positions labelled -100 are left out.
+    each sequence at a time (or one of each device that holds a part of it), and again
+    in the backward pass, so that logits take chunk/T of the memory. A T without
+    divisors near T/chunk makes smaller chunks, and so a slower step. The vocabulary may
+    be sharded: no logits are gathered. Positions labelled -100 are left out.
     """
 
     def of_chunk(hidden, labels) -> Sums:
@@ -41,8 +42,10 @@ def cross_entropy(
         )
         return {"loss": loss.sum(), "correct": right.sum(), "count": count.sum()}
 
-    chunks = -(-hidden.shape[1] // chunk)
-    while hidden.shape[1] % chunks:  # equal chunks, none longer than asked for
+    length = hidden.shape[1]
+    own = jax.typeof(hidden).sharding.shard_shape(hidden.shape)[1]  # of one device
+    chunks = min(-(-length // chunk), own)
+    while own % chunks:  # equal chunks, each spread over all devices
         chunks += 1
     if chunks == 1:
         return of_chunk(hidden, labels)

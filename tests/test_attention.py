@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention: the numbers of jax.nn, and documents that do not see each other."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import parity
+import pytest
+from flax import nnx
+from parity import one_device
+
+from lm_scale.models import build_model
+from lm_scale.models.attention import attention, causal_mask, segment_mask
+from lm_scale.models.gpt2 import GPT2Config
+from lm_scale.models.layers import Compute
+from lm_scale.models.roberta import RobertaConfig
+from lm_scale.sharding import MeshShape, Rules, make_mesh
+
+RULES = Rules()
+B, T, H, N = 2, 8, 2, 5
+SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 3], [1, 1, 1, 1, 1, 1, 0, 0]], np.int32)
+KINDS = ["all", "causal", "segments", "causal in segments", "padding"]
+
+
+def random_qkv(dtype=np.float32):
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal((B, T, H, N)).astype(dtype) for _ in range(3)]
+
+
+def placed(*qkv):
+    """As the models' projections make them, on the mesh that is set."""
+    return jax.device_put(qkv, RULES.spec("batch", "seq", "act_heads", None))
+
+
+@partial(jax.jit, static_argnames="kind")
+def attend(q, k, v, segments, kind):
+    """Ours, with the masks that the models make."""
+    mask = {
+        "all": lambda: None,
+        "causal": lambda: causal_mask(T, T),
+        "segments": lambda: segment_mask(segments, RULES),
+        "causal in segments": lambda: causal_mask(T, T) & segment_mask(segments, RULES),
+        "padding": lambda: jnp.broadcast_to(
+            jax.reshard(segments != 0, RULES.spec("batch", None))[:, None, None],
+            (B, 1, T, T),
+        ),
+    }[kind]()
+    return attention(q, k, v, mask=mask, rules=RULES)
+
+
+def reference(q, k, v, kind):
+    """jax.nn's, with masks written out pair by pair."""
+    sees = {
+        "all": lambda row, t, s: True,
+        "causal": lambda row, t, s: s <= t,
+        "segments": lambda row, t, s: row[t] == row[s],
+        "causal in segments": lambda row, t, s: s <= t and row[t] == row[s],
+        "padding": lambda row, t, s: row[s] != 0,
+    }[kind]
+    mask = [
+        [[bool(sees(row, t, s)) for s in range(T)] for t in range(T)]
+        for row in SEGMENTS
+    ]
+    return jax.nn.dot_product_attention(q, k, v, mask=np.array(mask)[:, None])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_numbers_of_jax_nn(kind):
+    q, k, v = random_qkv()
+    with jax.set_mesh(mesh := one_device()):
+        segments = parity.place_rows(SEGMENTS, mesh)
+        mixed = attend(*placed(q, k, v), segments, kind)
+    expected = reference(q, k, v, kind)
+    np.testing.assert_allclose(mixed, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [MeshShape(data=2, context=2, tensor=2), MeshShape(context=4, tensor=2)],
+    ids=["data=2,context=2,tensor=2", "context=4,tensor=2"],
+)
+def test_eight_devices_attend_as_one(mesh):
+    """Rows over data, queries over context, heads over tensor."""
+    q, k, v = random_qkv()
+    with jax.set_mesh(mesh := make_mesh(mesh)):
+        segments = parity.place_rows(SEGMENTS, mesh)
+        mixed = attend(*placed(q, k, v), segments, "causal in segments")
+        split = RULES.spec("batch", "seq", "act_heads", None)
+        assert jax.typeof(mixed).sharding.spec == split
+    expected = reference(q, k, v, "causal in segments")
+    np.testing.assert_allclose(mixed, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_keeps_its_type_and_softmax_in_float32():
+    q, k, v = random_qkv(jnp.bfloat16)
+    with jax.set_mesh(mesh := one_device()):
+        segments = parity.place_rows(SEGMENTS, mesh)
+        mixed = attend(*placed(q, k, v), segments, "causal")
+    assert mixed.dtype == jnp.bfloat16
+    exact = reference(*(x.astype(np.float32) for x in (q, k, v)), "causal")
+    np.testing.assert_allclose(mixed.astype(np.float32), exact, atol=0.03)
+
+
+def test_a_query_with_nothing_to_see_gets_the_mean_and_no_nan():
+    q, k, v = random_qkv()
+    mask = np.ones((B, 1, T, T), bool)
+    mask[0, 0, 3] = False
+
+    @jax.jit
+    def run(q, k, v):
+        def total(q, k, v):
+            mixed = attention(q, k, v, mask=jnp.asarray(mask), rules=RULES)
+            return jnp.sum(mixed**2), mixed
+
+        return jax.grad(total, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+
+    with jax.set_mesh(one_device()):
+        gradients, mixed = run(*placed(q, k, v))
+    np.testing.assert_allclose(mixed[0, 3], v[0].mean(axis=0), rtol=1e-5, atol=1e-6)
+    assert all(np.isfinite(x).all() for x in (mixed, *gradients))
+
+
+def test_dropout_of_the_weights_keeps_their_mean():
+    """A value of ones comes out as the kept share, scaled: 1 on average."""
+    q, k, _ = (np.tile(x, (50, 1, 1, 1)) for x in random_qkv())
+    drop = jax.jit(partial(attention, mask=None, rules=RULES, dropout_rate=0.4))
+    with jax.set_mesh(one_device()):
+        mixed = drop(*placed(q, k, np.ones_like(k)), key=jax.random.key(0))
+    assert mixed.std() > 0.1
+    np.testing.assert_allclose(mixed.mean(), 1, atol=0.05)
+
+
+def test_causal_mask_of_a_later_piece():
+    expected = [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]
+    np.testing.assert_array_equal(causal_mask(2, 5, start=2)[0, 0], expected)
+
+
+# --- Documents of one row -------------------------------------------------------------
+
+MODELS = [
+    GPT2Config(vocab=37, positions=9, layers=2, embed=12, heads=3, mlp=20),
+    RobertaConfig(vocab=37, positions=9, layers=2, embed=12, heads=3, mlp=20),
+]
+
+
+@pytest.mark.parametrize("config", MODELS, ids=["gpt2", "roberta"])
+def test_a_document_does_not_notice_its_neighbour(config):
+    model = build_model(config, Compute(dtype="float32"))
+    graphdef = nnx.split(model)[0]
+    first_position = getattr(config, "pad_id", -1) + 1
+
+    @jax.jit
+    def hidden(params, tokens, positions, segments):
+        model = nnx.merge(graphdef, params)
+        return model(tokens, positions=positions, segments=segments)
+
+    def run(documents):
+        """One row of these documents -> the hidden states of each."""
+        sizes = [len(document) for document in documents]
+        positions = np.concatenate([np.arange(size) for size in sizes])
+        segments = np.repeat([1, 2], sizes)
+        rows = [np.concatenate(documents), positions + first_position, segments]
+        rows = [row[None].astype(np.int32) for row in rows]
+        states = np.asarray(hidden(params, *parity.place_rows(rows, mesh)))[0]
+        return np.split(states, [sizes[0]])
+
+    rng = np.random.default_rng(0)
+    a, other_a = rng.integers(2, 37, (2, 4))
+    b, other_b = rng.integers(2, 37, (2, 5))
+    with jax.set_mesh(mesh := one_device()):
+        params = parity.placed(model, parity.random_tensors(config), mesh)
+        of_a, of_b = run([a, b])
+        np.testing.assert_array_equal(run([a, other_b])[0], of_a)
+        np.testing.assert_array_equal(run([other_a, b])[1], of_b)
+        # Nor where in the row it stands: positions restart.
+        swapped_b, swapped_a = run([b, a])
+        np.testing.assert_allclose(swapped_a, of_a, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(swapped_b, of_b, rtol=1e-4, atol=1e-5)
+        assert np.abs(run([other_a, b])[0] - of_a).max() > 0.1  # it does see itself
+
+
+@pytest.mark.parametrize("config", MODELS, ids=["gpt2", "roberta"])
+def test_without_segments_documents_see_each_other(config):
+    model = build_model(config, Compute(dtype="float32"))
+    graphdef = nnx.split(model)[0]
+
+    @jax.jit
+    def hidden(params, tokens):
+        return nnx.merge(graphdef, params)(tokens)
+
+    tokens = np.random.default_rng(0).integers(2, 37, (2, 9), np.int32)
+    tokens[1, 4:] = tokens[0, 4:]  # only the first four tokens differ
+    with jax.set_mesh(mesh := one_device()):
+        params = parity.placed(model, parity.random_tensors(config), mesh)
+        states = np.asarray(hidden(params, parity.place_rows(tokens, mesh)))
+    assert np.abs(states[0, 4:] - states[1, 4:]).max() > 0.1
