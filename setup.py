@@ -40,7 +40,7 @@ setup(
         "jaxtyping>=0.3",
     ],
     extras_require={
-        "test": ["pytest>=9"],
+        "test": ["pytest>=9", "beartype>=0.20"],
         "tpu": ["jax[tpu]>=0.10.2"],
         "gpu": ["jax[cuda13]>=0.10.2"],
         "dev": ["ruff>=0.17,<0.18", "pyright>=1.1.400", "pre-commit>=4"],

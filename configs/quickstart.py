@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A GPT-2-shaped causal LM of 5.6 M weights on the documentation of Python itself.
+"""A GPT-2-shaped causal LM of 5.3 M weights on the documentation of Python itself.
 
 Command   ./launch/quickstart   (or: lm-scale train configs/quickstart.py)
 Hardware  any; a CPU is simulated as 8 devices
@@ -11,6 +11,7 @@ from lm_scale.data.tokenizer import TokenizerConfig
 from lm_scale.models import Compute, GPT2Config
 from lm_scale.objectives import CausalLM
 from lm_scale.optim import AdamW, Schedule
+from lm_scale.sharding import FULLY_SHARDED
 
 config = RunConfig(
     run_dir="runs/quickstart",
@@ -31,14 +32,15 @@ config = RunConfig(
         tokenizer=TokenizerConfig(kind="gpt2", vocab_size=8192),
     ),
     optimizer=AdamW(beta2=0.98, weight_decay=0.1, clip=1.0),
-    schedule=Schedule(peak=3e-3, warmup=50, decay="cosine", final=0.1),
+    schedule=Schedule(peak=1e-3, warmup=50, decay="cosine", final=0.1),
     seq_len=128,
     batch=8,
-    steps=480,  # nearly one epoch
+    steps=560,  # a little over one epoch
+    mesh=FULLY_SHARDED,  # on simulated devices: one Adam in all, not one a device
     compute=Compute(dtype="float32", remat="none"),
     simulated_devices=8,
     log_every=10,
-    eval_every=120,
-    save_every=120,
+    eval_every=140,
+    save_every=140,
     sample_prompt="The function returns",
 )

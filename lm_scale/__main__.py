@@ -2,14 +2,16 @@
 """The command line: `lm-scale COMMAND ...`, the same as `python -m lm_scale`.
 
 Exit status: 0 done; 75 stopped by a signal, saved, run the same command to go on;
-2 wrong usage or input; 1 failed.
+2 wrong usage or input; 1 failed; 130 interrupted where there was nothing to save.
 """
 
 import os
 
 # jax 0.10 deadlocks with more simulated CPU devices than threads; it reads the number
 # of threads from here, once, so it has to stand before jax is first imported.
-os.environ.setdefault("NPROC", str(max(16, os.cpu_count() or 1)))
+os.environ["NPROC"] = str(max(16, int(os.environ.get("NPROC", os.cpu_count() or 1))))
+# transformers says at each import that there is no torch: it needs none here.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 import sys
 from dataclasses import dataclass
@@ -57,6 +59,9 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"lm-scale {command}: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, a missing permission: the name is in it
+        print(f"lm-scale {command}: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"lm-scale {command}: interrupted.", file=sys.stderr)
         return 130
@@ -79,7 +84,9 @@ def config_from(command: str, about: str, argv: list[str]):
         raise InputError(f"expected a config file first, got {argv[0]!r}.")
     from lm_scale.config import load_config
 
-    return load_config(argv[0], argv[1:], prog=f"lm-scale {command}")
+    config = load_config(argv[0], argv[1:], prog=f"lm-scale {command}")
+    config.check()
+    return config
 
 
 def simulate(devices: int) -> None:
@@ -108,7 +115,7 @@ def tokenizer(argv: list[str]) -> int:
         return 0
     from rich.console import Console
 
-    from lm_scale.trainer import prepare_tokenizer
+    from lm_scale.runs import prepare_tokenizer
 
     made = prepare_tokenizer(config, Console())
     print(f"{len(made)} tokens, in {Path(config.store_dir) / 'tokenizer'}")
@@ -122,7 +129,7 @@ def prepare(argv: list[str]) -> int:
         return 0
     from rich.console import Console
 
-    from lm_scale.trainer import prepare_data
+    from lm_scale.runs import prepare_data
 
     prepare_data(config, Console())
     return 0
@@ -173,12 +180,12 @@ def eval_(argv: list[str]) -> int:
     import jax
 
     from lm_scale.evaluate import evaluate
+    from lm_scale.runs import open_batches, open_run
     from lm_scale.step import make_eval_step
-    from lm_scale.trainer import open_batches, open_run
 
     run = open_run(options.run_dir)
     with jax.set_mesh(run.mesh):
-        _, held_out = open_batches(run.config, run.tokenizer)
+        _, held_out = open_batches(run.config, run.tokenizer, run.mesh)
         step = make_eval_step(run.model)
         rules = run.config.compute.rules
         results = evaluate(step, run.params, held_out, run.mesh, rules)
@@ -190,35 +197,29 @@ def eval_(argv: list[str]) -> int:
 def generate_(argv: list[str]) -> int:
     options = arguments(Generate, argv)
     import jax
-    import numpy as np
 
-    from lm_scale.generate import Sampling, fill_masks, generate
-    from lm_scale.models import family_of
-    from lm_scale.trainer import open_run
+    from lm_scale.generate import Sampling, complete
+    from lm_scale.runs import open_run
 
     sampling = Sampling(
         options.max_new_tokens, options.temperature, options.top_k, options.top_p,
         options.seed,
     )  # fmt: skip
     run = open_run(options.run_dir)
-    ids = np.array([run.tokenizer.encode(options.prompt)], np.int32)
     with jax.set_mesh(run.mesh):
-        if family_of(run.config.model).causal:
-            ids = np.repeat(ids, options.samples, axis=0)
-            eos = run.tokenizer.eos_token_id
-            texts = generate(run.model, run.params, ids, sampling, eos_id=eos)
-        else:
-            mask = run.tokenizer.mask_token_id
-            texts = fill_masks(run.model, run.params, ids, mask)
-    for row in texts:
-        print(run.tokenizer.decode(row, skip_special_tokens=True))
+        texts = complete(
+            run.model, run.params, run.tokenizer, options.prompt, sampling,
+            options.samples,
+        )  # fmt: skip
+    for text in texts:
+        print(text)
     return 0
 
 
 def export(argv: list[str]) -> int:
     options = arguments(Export, argv)
     from lm_scale import hf
-    from lm_scale.trainer import open_run
+    from lm_scale.runs import open_run
 
     run = open_run(options.run_dir)
     out = options.out or str(Path(options.run_dir) / "hf")

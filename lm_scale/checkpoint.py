@@ -8,23 +8,41 @@ only when all is written, so one that is listed is whole.
 
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
 from lm_scale import __version__
-from lm_scale.errors import InputError
+from lm_scale.errors import InputError, differences
 from lm_scale.sharding import Params
 from lm_scale.step import TrainState
 
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")
 
 
+def has_checkpoints(run_dir: Path | str) -> bool:
+    """If a run has saved anything; looks at the folder only."""
+    folder = Path(run_dir) / "checkpoints"
+    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+
+
 class Checkpoints:
     """The checkpoints of one run; a context manager, as leaving waits for writes."""
 
-    def __init__(self, run_dir: Path | str, *, keep: int | None = None):
-        """`keep`: so many of the newest stay on disk; None: all (and for reading)."""
+    def __init__(
+        self,
+        run_dir: Path | str,
+        *,
+        keep: int | None = None,
+        tokens: dict[str, Any] | None = None,
+    ):
+        """For reading only the first argument is needed.
+
+        keep: so many of the newest stay on disk; None: all.
+        tokens: fingerprint of the training tokens, which goes into each checkpoint.
+        """
+        self.tokens = tokens
         self.directory = Path(run_dir).resolve() / "checkpoints"
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self.manager = ocp.CheckpointManager(self.directory, options=options)
@@ -51,7 +69,9 @@ class Checkpoints:
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(state.params),
                 opt_state=ocp.args.StandardSave(state.opt_state),
-                meta=ocp.args.JsonSave({"step": step, "versions": versions}),
+                meta=ocp.args.JsonSave(
+                    {"step": step, "versions": versions, "tokens": self.tokens}
+                ),
             ),
         )
 
@@ -60,7 +80,10 @@ class Checkpoints:
         self.manager.wait_until_finished()
 
     def restore(self, target: TrainState) -> TrainState:
-        """The newest state. `target` is abstract and says where each shard goes."""
+        """The newest state. `target` is abstract and says where each shard goes.
+
+        Raises InputError if it was trained on other tokens than `tokens` says.
+        """
         restored = self.manager.restore(
             self.newest(),
             args=ocp.args.Composite(
@@ -69,6 +92,12 @@ class Checkpoints:
                 meta=ocp.args.JsonRestore(),
             ),
         )
+        found = differences(restored["meta"]["tokens"] or {}, self.tokens or {})
+        if found:
+            raise InputError(
+                f"The checkpoints in {self.directory} were trained on other tokens "
+                f"({'; '.join(found)}). Restore the token store that they belong to."
+            )
         step = jax.device_put(restored["meta"]["step"], target.step.sharding)
         step = step.astype(target.step.dtype)
         return TrainState(step, restored["params"], restored["opt_state"])

@@ -11,19 +11,23 @@ import json
 import math
 import runpy
 import sys
+import tempfile
 import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
+from lm_scale.checkpoint import has_checkpoints
 from lm_scale.data.corpus import CorpusConfig
 from lm_scale.data.tokenizer import TokenizerConfig
-from lm_scale.errors import InputError
+from lm_scale.errors import InputError, differences, flatten
 from lm_scale.models import Compute, GPT2Config, ModelConfig, family_of
 from lm_scale.objectives import CausalLM, MaskedLM, Objective
-from lm_scale.optim import AdamW, Schedule
-from lm_scale.sharding import MeshShape
+from lm_scale.optim import AdamW, Schedule, make_schedule
+from lm_scale.sharding import MeshShape, shards
 
 
 @dataclass(frozen=True)
@@ -60,19 +64,29 @@ class RunConfig:
     eval_every: int | None = None  # steps between evaluations; None: at the end only
     save_every: int | None = 1000  # steps between checkpoints; None: at the end only
     keep: int = 2  # newest checkpoints that stay on disk
-    stop_at: int | None = None  # stop and save after this step; run again to go on
-    sample_prompt: str = "The"  # the text shown at the end continues it, or fills it in
+    stop_at: int | None = None  # stop and save after this step; without it, go on
+    sample_prompt: str | None = None  # continued, or its masks filled in, at the end
 
-    def check(self, devices: int) -> None:
-        """InputError for what cannot work on so many devices, before any long work."""
+    def check(self) -> None:
+        """InputError for what cannot work on any devices, before any long work."""
         counts = ("seq_len", "batch", "accumulate", "log_every", "keep")
         optional = ("steps", "epochs", "eval_every", "save_every", "stop_at")
         for name in (*counts, *optional):
             value = getattr(self, name)
-            if (value is None and name in counts) or (value is not None and value <= 0):
+            if value is not None and value <= 0:
                 raise InputError(f"{name} = {value}: expected a number above 0.")
-        if (self.steps is None) == (self.epochs is None):
-            raise InputError("Give either `steps` or `epochs`, one of the two.")
+        for name in ("seed", "simulated_devices"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} = {getattr(self, name)}: expected 0 or more.")
+        if self.steps is None and self.epochs is None:
+            raise InputError("Say how long to train: give `steps` or `epochs`.")
+        if self.steps is not None and self.epochs is not None:
+            raise InputError(
+                f"`steps` = {self.steps} and `epochs` = {self.epochs}: give one. "
+                f"`--steps None` or `--epochs None` unsets the other."
+            )
+        if self.steps is not None:
+            make_schedule(self.schedule, self.steps)
         if self.seq_len > self.model.positions:
             raise InputError(
                 f"seq_len = {self.seq_len} is longer than the model's position table "
@@ -85,28 +99,41 @@ class RunConfig:
                 f"The model {type(self.model).__name__} needs the objective "
                 f"{wanted.__name__}, not {type(self.objective).__name__}."
             )
-        self._check_batch(devices)
+        self._check_tokenizer()
 
-    def _check_batch(self, devices: int) -> None:
-        from lm_scale.sharding import resolve_mesh_shape
+    def _check_tokenizer(self) -> None:
+        """What can be known of a tokenizer that is yet to be trained."""
+        tokenizer = self.data.tokenizer
+        if tokenizer.path is not None:
+            return
+        if isinstance(self.objective, MaskedLM) and tokenizer.kind != "roberta":
+            raise InputError(
+                f"Masked LM needs a mask token, which a tokenizer of kind "
+                f"{tokenizer.kind!r} has not. Set `data.tokenizer.kind` to roberta."
+            )
+        if tokenizer.vocab_size > self.model.vocab:
+            raise InputError(
+                f"data.tokenizer.vocab_size = {tokenizer.vocab_size} is more than the "
+                f"model's embedding has rows (model.vocab = {self.model.vocab})."
+            )
 
-        mesh = resolve_mesh_shape(self.mesh, devices)
+    def check_mesh(self, mesh: Mesh) -> None:
+        """InputError if this mesh cannot cut the batch or the sequences evenly."""
         rules = self.compute.rules
-        for name, size, axes in (
-            ("batch", self.batch, rules.batch),
-            ("seq_len", self.seq_len, rules.seq),
-        ):
-            parts = 1
-            for axis in axes:
-                parts *= getattr(mesh, axis)
-            times = self.accumulate if name == "batch" else 1
-            if size % (parts * times):
-                raise InputError(
-                    f"{name} = {size} cannot be divided evenly: the mesh cuts it into "
-                    f"{parts} part(s) ({'×'.join(axes)})"
-                    + (f" and accumulate = {times}" if times > 1 else "")
-                    + f". Use a multiple of {parts * times}."
-                )
+        rows = shards(rules, mesh, "batch") * self.accumulate
+        if self.batch % rows:
+            raise InputError(
+                f"batch = {self.batch} cannot be divided evenly: the mesh cuts it into "
+                f"{shards(rules, mesh, 'batch')} part(s) ({'×'.join(rules.batch)}) and "
+                f"accumulate into {self.accumulate}. Use a multiple of {rows}."
+            )
+        parts = shards(rules, mesh, "seq")
+        if self.seq_len % parts:
+            raise InputError(
+                f"seq_len = {self.seq_len} cannot be divided evenly: the mesh cuts it "
+                f"into {parts} part(s) ({'×'.join(rules.seq)}). "
+                f"Use a multiple of {parts}."
+            )
 
     def total_steps(self, examples: int) -> int:
         """Optimizer steps of the run, whose training split has so many sequences."""
@@ -167,6 +194,7 @@ def _line_of(error: BaseException, path: str) -> str:
 # --- As JSON in the run directory ----------------------------------------------------
 
 # What may change when a run goes on: nothing that alters the result beyond rounding.
+# (The tokens in `data.store` are compared by the checkpoint.)
 FREE = (
     "run_dir", "mesh", "simulated_devices", "compute.remat", "compute.loss_chunk",
     "compute.rules", "log_every", "eval_every", "save_every", "keep", "stop_at",
@@ -194,7 +222,13 @@ def from_dict(kind: Any, value: Any) -> Any:
         hints = typing.get_type_hints(kind)
         names = [field.name for field in dataclasses.fields(kind)]
         make: Any = kind
-        return make(**{name: from_dict(hints[name], value[name]) for name in names})
+        return make(
+            **{
+                name: from_dict(hints[name], value[name])
+                for name in names
+                if name in value
+            }
+        )
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -204,7 +238,7 @@ def read_run(run_dir: str | Path) -> RunConfig:
     try:
         stored = json.loads(path.read_text())
         return dataclasses.replace(from_dict(RunConfig, stored), run_dir=str(run_dir))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(
             f"{run_dir} holds no run of lm_scale: there is no {path}."
         ) from None
@@ -214,43 +248,44 @@ def read_run(run_dir: str | Path) -> RunConfig:
         ) from error
 
 
-def claim_run_dir(config: RunConfig) -> None:
-    """Writes config.json; InputError if the directory holds a different run.
+def check_run_dir(config: RunConfig) -> None:
+    """InputError if it cannot be written, or holds a run with another config.
 
     The message names each field that differs. Fields in FREE may.
     """
     folder = Path(config.run_dir)
-    path = folder / "config.json"
-    if path.exists():
-        differences = compare(to_dict(read_run(folder)), to_dict(config))
-        if differences:
-            listed = "\n".join(
-                f"  {name}: {old!r} there, {new!r} here"
-                for name, old, new in differences
-            )
-            raise InputError(
-                f"{folder} holds a run with a different config:\n{listed}\n"
-                f"Give another `run_dir`, or the same values to go on with that run."
-            )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        new = path.with_suffix(".json.new")
-        new.write_text(json.dumps(to_dict(config), indent=2) + "\n")
-        new.replace(path)
-    except OSError as error:
-        raise InputError(f"Cannot write to run_dir {folder}: {error}") from error
+    for path in (folder, Path(config.store_dir)):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path):
+                pass
+        except OSError as error:
+            raise InputError(f"Cannot write to {path}: {error}.") from error
+    if not has_checkpoints(folder):
+        return  # there is nothing to go on with, and so nothing to mix up
+    found = differences(_fixed(read_run(folder)), _fixed(config))
+    if found:
+        listed = "\n".join(f"  {line}" for line in found)
+        raise InputError(
+            f"{folder} holds a run with a different config:\n{listed}\n"
+            f"Give another `run_dir`, or the same values to go on with that run."
+        )
 
 
-def compare(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted field, old value, new value) where two `to_dict` results differ."""
-    if name in FREE:
-        return []
-    if isinstance(old, dict) and isinstance(new, dict):
-        prefix = f"{name}." if name else ""
-        keys = dict.fromkeys([*old, *new])
-        return [
-            difference
-            for key in keys
-            for difference in compare(old.get(key), new.get(key), prefix + key)
-        ]
-    return [] if old == new else [(name, old, new)]
+def _fixed(config: RunConfig) -> dict[str, Any]:
+    """The fields, by dotted name, that may not change when a run goes on."""
+    fields = flatten(to_dict(config))
+    return {
+        name: value
+        for name, value in fields.items()
+        if not any(name == free or name.startswith(f"{free}.") for free in FREE)
+    }
+
+
+def write_config(config: RunConfig) -> None:
+    """Keeps the config in the run directory."""
+    folder = Path(config.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    new = folder / "config.json.new"
+    new.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    new.replace(folder / "config.json")

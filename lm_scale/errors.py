@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one exception that a person, not a programmer, has to answer."""
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class InputError(ValueError):
     """A file, a flag or a config value is wrong.
@@ -8,3 +11,23 @@ class InputError(ValueError):
     The message is complete by itself: the offending value, what was expected and what
     to do. The command line prints it without a traceback and exits with status 2.
     """
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Where two flat mappings differ, e.g. `batch: 16 there, 32 here`."""
+    return [
+        f"{name}: {there.get(name)!r} there, {here.get(name)!r} here"
+        for name in dict.fromkeys([*there, *here])
+        if there.get(name) != here.get(name)
+    ]
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

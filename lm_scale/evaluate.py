@@ -25,8 +25,9 @@ def evaluate(
 ) -> dict[str, float]:
     """loss (nats a label), perplexity, accuracy (share of right guesses) and labels.
 
-    Summed over all examples and divided once, in float64; the rows that fill up the
-    last batch have no labels and weigh nothing.
+    The sums of the batches (f32) are added in float64 and divided once; the rows that
+    fill up the last batch have no labels and weigh nothing. All but `labels` are NaN if
+    there are no labels.
     """
     totals = {"loss": 0.0, "correct": 0.0, "count": 0.0}
     running: Sums | None = None
@@ -34,11 +35,11 @@ def evaluate(
         ready, running = running, eval_step(params, batch)
         _add(totals, ready)  # read one batch late, so that the devices never wait
     _add(totals, running)
-    count = max(totals["count"], 1.0)
+    count = totals["count"] or math.nan
     loss = totals["loss"] / count
     return {
         "loss": loss,
-        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "perplexity": math.inf if loss > 700 else math.exp(loss),
         "accuracy": totals["correct"] / count,
         "labels": int(totals["count"]),
     }
@@ -66,4 +67,4 @@ def unigram_loss(train: TokenStore, batches: EvalBatches, vocab: int) -> float:
         batch = batches.rows(number, range(batches.batch))["labels"]
         targets = batch[batch != IGNORE]
         total, labels = total + surprise[targets].sum(), labels + targets.size
-    return float(total / max(labels, 1))
+    return float(total / labels) if labels else math.nan

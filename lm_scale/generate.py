@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from lm_scale.errors import InputError
-from lm_scale.models import Model, build_model
+from lm_scale.models import Model, ModelConfig, build_model, family_of
 from lm_scale.sharding import Params
 
 
@@ -116,8 +116,14 @@ def fill_masks(
 ) -> np.ndarray:
     """Replaces each mask by its likeliest token: int32 [B T] -> int32 [B T].
 
-    To be called under `jax.set_mesh`.
+    To be called under `jax.set_mesh`. Raises InputError if the text is longer than the
+    position table.
     """
+    if tokens.shape[1] > model.config.positions:
+        raise InputError(
+            f"The text has {tokens.shape[1]} tokens, more than the model's "
+            f"{model.config.positions} positions. Shorten it."
+        )
     graphdef = nnx.split(unbatched(model))[0]
 
     @jax.jit
@@ -127,3 +133,51 @@ def fill_masks(
 
     guesses = np.asarray(guess(params, jnp.asarray(tokens)))
     return np.where(tokens == mask_id, guesses, tokens).astype(np.int32)
+
+
+def check_prompt(config: ModelConfig, tokenizer, prompt: str) -> np.ndarray:
+    """The prompt as tokens, int32 [1 T]; InputError if the model cannot use it.
+
+    The end-of-text that some tokenizers add is not part of a prompt to be continued.
+    """
+    ids = tokenizer.encode(prompt)
+    if family_of(config).causal:
+        while ids and ids[-1] == tokenizer.eos_token_id:
+            ids = ids[:-1]
+        if not ids:
+            raise InputError(
+                "The prompt is empty: give at least one token to continue."
+            )
+        if len(ids) >= config.positions:
+            raise InputError(
+                f"The prompt has {len(ids)} tokens; the model's {config.positions} "
+                f"positions leave no room to continue it. Shorten it."
+            )
+    elif tokenizer.mask_token_id not in ids:
+        raise InputError(
+            f"The prompt {prompt!r} has no {tokenizer.mask_token} to fill in."
+        )
+    return np.array([ids], np.int32)
+
+
+def complete(
+    model: Model,
+    params: Params,
+    tokenizer,
+    prompt: str,
+    sampling: Sampling,
+    samples: int = 1,
+) -> list[str]:
+    """The prompt continued, `samples` times (causal LM), or its masks filled in.
+
+    To be called under `jax.set_mesh`. Raises InputError as `check_prompt`, `generate`
+    and `fill_masks` do.
+    """
+    ids = check_prompt(model.config, tokenizer, prompt)
+    if family_of(model.config).causal:
+        ids = np.repeat(ids, samples, axis=0)
+        eos = tokenizer.eos_token_id
+        rows = generate(model, params, ids, sampling, eos_id=eos)
+    else:
+        rows = fill_masks(model, params, ids, tokenizer.mask_token_id)
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]

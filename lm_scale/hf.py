@@ -42,6 +42,7 @@ def export(config: ModelConfig, params: Params, tokenizer, folder: Path | str) -
     }
     settings = {**ids, **config.to_hf(), "dtype": "float32"}
     AutoConfig.for_model(**settings).save_pretrained(folder)
+    tokenizer.model_max_length = config.positions
     tokenizer.save_pretrained(folder)
     tensors = to_hf(config, gathered)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

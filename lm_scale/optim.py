@@ -36,6 +36,19 @@ class AdamW:
     weight_decay: float = 0.0  # of the weights declared with decay: not biases, norms
     clip: float | None = None  # largest global gradient norm
 
+    def __post_init__(self):
+        betas = (self.beta1, self.beta2)
+        if not all(0 <= b < 1 for b in betas) or self.epsilon <= 0:
+            raise InputError(
+                f"optimizer: expected 0 <= beta < 1 and epsilon > 0, got {betas} and "
+                f"{self.epsilon}."
+            )
+        if self.weight_decay < 0 or (self.clip is not None and self.clip <= 0):
+            raise InputError(
+                f"optimizer: expected weight_decay >= 0 and clip > 0 (or None), got "
+                f"{self.weight_decay} and {self.clip}."
+            )
+
 
 def make_schedule(config: Schedule, steps: int) -> optax.Schedule:
     """Update number (from 0) -> learning rate; the first is 0 if there is a warm-up.
@@ -61,7 +74,9 @@ def make_optimizer(
     config: AdamW, schedule: optax.Schedule, decay_mask
 ) -> optax.GradientTransformation:
     """The optimizer; `decay_mask` says for each parameter if it is decayed."""
-    clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
+    clip = optax.identity()
+    if config.clip is not None:
+        clip = optax.clip_by_global_norm(config.clip)
     return optax.chain(
         clip,
         optax.adamw(

@@ -12,6 +12,8 @@ The only file that spells a mesh axis. Everything else speaks *logical* axes:
     F       mlp width        mlp             act_mlp
     V       vocabulary       vocab           act_vocab
     E       experts          experts         -
+    C       q, k and v       -               -
+    G       model width, of what a square matrix makes
     L       layers           layers          -
 
 Array types (`Float[Array, "B T D"]`), einsum letters and `Rules` use these words and no
@@ -97,8 +99,8 @@ class Rules:
             if axis is None:
                 parts.append(None)
                 continue
-            if not hasattr(self, axis):
-                known = ", ".join(field.name for field in dataclasses.fields(self))
+            if axis not in LOGICAL_AXES:
+                known = ", ".join(LOGICAL_AXES)
                 raise InputError(f"Unknown logical axis {axis!r}. There are: {known}.")
             mesh_axes = getattr(self, axis)
             for mesh_axis in mesh_axes:
@@ -110,6 +112,9 @@ class Rules:
                 used[mesh_axis] = axis
             parts.append(mesh_axes or None)
         return PartitionSpec(*parts)
+
+
+LOGICAL_AXES = tuple(field.name for field in dataclasses.fields(Rules))
 
 
 def resolve_mesh_shape(shape: MeshShape, devices: int) -> MeshShape:
@@ -261,9 +266,9 @@ def abstract_params(model: nnx.Module, rules: Rules, mesh: Mesh) -> Params:
 def init_params(model: nnx.Module, rules: Rules, key: jax.Array) -> Params:
     """Fresh parameters, each device making only its own shards.
 
-    A weight's values depend on its path and `key` alone: the same on every mesh (JAX's
-    threefry is partitionable), and unchanged when another weight is added. To be traced
-    (`jax.jit`) under `jax.set_mesh`.
+    A weight's values depend on its path and `key` alone: the same on every mesh but for
+    the last bit (JAX's threefry is partitionable; the compiler's rounding may differ),
+    and unchanged when another weight is added. To be traced under `jax.set_mesh`.
     """
 
     def make(path: str, weight: nnx.Param) -> jax.Array:

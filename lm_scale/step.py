@@ -42,6 +42,11 @@ def init_state(
 ) -> TrainState:
     """Fresh parameters and optimizer state; trace it under `jax.set_mesh`."""
     params = init_params(model, model.compute.rules, jax.random.key(seed))
+    return start_state(params, optimizer)
+
+
+def start_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first update of these parameters."""
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
@@ -93,23 +98,24 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         labels = jnp.sum(batch["labels"] != IGNORE).astype(jnp.float32)
-        micro = jax.tree.map(lambda x: split_batch(x, accumulate), batch)
 
-        def add_gradients(sums, inputs):
-            number, batch = inputs
-            micro_key = jax.random.fold_in(key, number)
-            grads = jax.value_and_grad(loss_sum)(state.params, batch, micro_key)
-            return jax.tree.map(jnp.add, sums, grads), None
+        def gradients(number, part: Batch):
+            part_key = jax.random.fold_in(key, number)
+            return jax.value_and_grad(loss_sum)(state.params, part, part_key)
 
         if accumulate == 1:
-            first = jax.tree.map(lambda x: x[0], micro)
-            loss, grads = jax.value_and_grad(loss_sum)(
-                state.params, first, jax.random.fold_in(key, 0)
-            )
+            loss, grads = gradients(0, batch)
         else:
+            parts = jax.tree.map(lambda x: split_batch(x, accumulate), batch)
             zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
-            numbers = jnp.arange(accumulate)
-            (loss, grads), _ = jax.lax.scan(add_gradients, zero, (numbers, micro))
+            (loss, grads), _ = jax.lax.scan(
+                lambda sums, part: (
+                    jax.tree.map(jnp.add, sums, gradients(*part)),
+                    None,
+                ),
+                zero,
+                (jnp.arange(accumulate), parts),
+            )
         scale = 1.0 / jnp.maximum(labels, 1.0)
         grads = jax.tree.map(lambda g: g * scale, grads)
         with jax.named_scope("optimizer"):
@@ -140,13 +146,17 @@ def make_eval_step(model: Model) -> Callable[[Params, Batch], Sums]:
     return jax.jit(eval_step)
 
 
-def split_batch(x: Int[Array, "B T"], parts: int) -> Int[Array, "A b T"]:
+def split_batch(x: Int[Array, "B T"], parts: int) -> Int[Array, "parts rows T"]:
     """[B T] -> [parts B/parts T], each part spread over all the devices.
 
     Row r goes to part r % parts: splitting the batch axis the other way round would
     put the devices on the `parts` axis, and each part on a few of them.
     """
     (batch, length), spec = x.shape, jax.typeof(x).sharding.spec
+    if batch % parts:
+        raise ValueError(
+            f"A batch of {batch} rows cannot be cut into {parts} equal parts."
+        )
     parted = jnp.reshape(
         x,
         (batch // parts, parts, length),

@@ -14,3 +14,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+# Where arrays pass, each call is checked against the annotated types and shapes.
+MODULES = ("models", "losses", "generate")
+install_import_hook([f"lm_scale.{name}" for name in MODULES], "typecheck.checked")

@@ -171,7 +171,7 @@ def test_accuracy_counts_right_guesses_only_where_there_is_a_label(chunk):
 
 
 def test_accuracy_is_left_out_when_not_asked_for():
-    hidden, labels, matrix = example(15, 23)
     with one_device():
+        hidden, labels, matrix = map(jnp.asarray, example(15, 23))
         sums = cross_entropy(partial(head, matrix), hidden, labels, chunk=5)
     assert sums["correct"] == 0

@@ -85,9 +85,9 @@ def test_a_mistake_is_one_clear_message(name, config_file, tmp_path, capsys):
     names = {"CONFIG": config_file(), "RUN": str(tmp_path / "run")}
     if "RUN" in arguments:
         assert main(["tokenizer", names["CONFIG"]]) == 0
-        from lm_scale.config import claim_run_dir, load_config
+        from lm_scale.config import load_config, write_config
 
-        claim_run_dir(load_config(names["CONFIG"], [], prog="test"))
+        write_config(load_config(names["CONFIG"], [], prog="test"))
     status = main([names.get(argument, argument) for argument in arguments])
     captured = capsys.readouterr()
     assert status == 2

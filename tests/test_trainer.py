@@ -16,8 +16,9 @@ from lm_scale.checkpoint import Checkpoints
 from lm_scale.config import read_run
 from lm_scale.errors import InputError
 from lm_scale.models import build_model
+from lm_scale.runs import open_run
 from lm_scale.sharding import MeshShape, flatten
-from lm_scale.trainer import open_run, train
+from lm_scale.trainer import train
 
 QUIET = Console(quiet=True)
 
@@ -145,7 +146,7 @@ def test_init_from_another_architecture_names_the_fields(straight, tmp_path):
     config, _, make = straight
     folder = str(Path(config.run_dir) / "hf")
     wide = dataclasses.replace(config.model, mlp=64)
-    with pytest.raises(InputError, match="mlp = 48 there, 64 here"):
+    with pytest.raises(InputError, match="mlp: 48 there, 64 here"):
         train(make(tmp_path, init_from=folder, model=wide), QUIET)
 
 

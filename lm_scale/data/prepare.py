@@ -16,8 +16,8 @@ from rich.progress import Progress, SpinnerColumn, TextColumn
 
 from lm_scale.data.corpus import CorpusConfig, Part, documents
 from lm_scale.data.store import Manifest, StoreWriter, read_manifest
-from lm_scale.data.tokenizer import tokenizer_hash
-from lm_scale.errors import InputError
+from lm_scale.data.tokenizer import tokenizer_hash, vocabulary_size
+from lm_scale.errors import InputError, differences, flatten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -56,7 +56,7 @@ def prepare(
     end = _end_of_text(tokenizer) if separator else None
     origin = {
         "tokenizer_hash": tokenizer_hash(tokenizer),
-        "vocab_size": max(tokenizer.get_vocab().values()) + 1,
+        "vocab_size": vocabulary_size(tokenizer),
         "separator": end,
     }
     manifests: dict[Part, Manifest] = {}
@@ -120,20 +120,12 @@ def _check_free(path: str) -> None:
 
 
 def _check_same(path: str, manifest: Manifest, wanted: dict[str, Any]) -> None:
-    def flat(fields: dict[str, Any]) -> dict[str, Any]:
-        corpus = {f"source.{name}": value for name, value in fields["source"].items()}
-        return {name: fields.get(name) for name in wanted if name != "source"} | corpus
-
-    there, here = flat(asdict(manifest)), flat(wanted)
-    differing = [
-        f"{name} ({there.get(name)!r} there, {here.get(name)!r} here)"
-        for name in dict.fromkeys([*here, *there])
-        if there.get(name) != here.get(name)
-    ]
-    if differing:
+    there = {name: getattr(manifest, name) for name in wanted}
+    found = differences(flatten(there), flatten(wanted))
+    if found:
         raise InputError(
-            f"{path} holds a token store that differs in {', '.join(differing)}; "
-            "choose another folder or delete it."
+            f"{path} holds a token store that differs in {'; '.join(found)}. "
+            "Choose another folder or delete it."
         )
 
 

@@ -175,6 +175,11 @@ def tokenizer_hash(tokenizer: "PreTrainedTokenizerFast") -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def vocabulary_size(tokenizer: "PreTrainedTokenizerFast") -> int:
+    """One more than the highest id: the rows that an embedding needs at least."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def _with_roles(backend: "Tokenizer", max_length: int | None = None):
     """The `transformers` tokenizer of a `tokenizers` one, roles given by name."""
     from transformers import PreTrainedTokenizerFast

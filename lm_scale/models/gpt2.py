@@ -19,6 +19,7 @@ from lm_scale.models.attention import attention, causal_mask, segment_mask
 from lm_scale.models.layers import (
     Compute,
     LayerNorm,
+    check_shape,
     dropout,
     embed,
     hf_matrix,
@@ -47,11 +48,7 @@ class GPT2Config:
     init_std: float = 0.02
 
     def __post_init__(self):
-        if self.embed % self.heads:
-            raise InputError(
-                f"model.embed = {self.embed} must be a multiple of "
-                f"model.heads = {self.heads}."
-            )
+        check_shape(self)
 
     def train_flops_per_token(self, seq_len: int) -> float:
         """Model FLOPs of forward and backward pass for one token of a sequence.
@@ -183,7 +180,10 @@ class Block(nnx.Module):
     def feed_forward(self, x):
         dtype, rules = x.dtype, self.compute.rules
         with jax.named_scope("mlp"):
-            up = jnp.einsum("BTD,DF->BTF", x, self.up[...].astype(dtype))
+            up = jnp.einsum(
+                "BTD,DF->BTF", x, self.up[...].astype(dtype),
+                out_sharding=rules.spec("batch", "seq", "act_mlp"),
+            )  # fmt: skip
             up = jax.nn.gelu(up + self.up_bias[...].astype(dtype), approximate=True)
             down = jnp.einsum(
                 "BTF,FD->BTD", up, self.down[...].astype(dtype),

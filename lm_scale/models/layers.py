@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
+from lm_scale.errors import InputError
 from lm_scale.sharding import Rules, ones, param, zeros
 
 
@@ -23,14 +24,37 @@ from lm_scale.sharding import Rules, ones, param, zeros
 class Compute:
     """How a model is computed; what it computes, but for rounding, is in its config."""
 
-    # Of matrix products and activations; weights, softmax, norm statistics and the loss
-    # are float32 in either case.
+    # Of matrix products, activations and the sums of gradients over devices; weights,
+    # optimizer, softmax, norm statistics and the loss are float32 in either case.
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     # What the backward pass computes again: nothing; all but the outputs of matrix
     # products with weights; or all inside a block.
     remat: Literal["none", "dots", "full"] = "dots"
     loss_chunk: int = 128  # positions of a sequence whose logits exist at one time
     rules: Rules = Rules()
+
+    def __post_init__(self):
+        if self.loss_chunk < 1:
+            raise InputError(
+                f"compute.loss_chunk = {self.loss_chunk}: expected a number above 0."
+            )
+
+
+def check_shape(config: Any) -> None:
+    """InputError for a model config (of any family) that describes no model."""
+    for name in ("vocab", "positions", "layers", "embed", "heads", "mlp"):
+        if getattr(config, name) < 1:
+            raise InputError(
+                f"model.{name} = {getattr(config, name)}: expected a number above 0."
+            )
+    if config.embed % config.heads:
+        raise InputError(
+            f"model.embed = {config.embed} must be a multiple of "
+            f"model.heads = {config.heads}."
+        )
+    for name, value in vars(config).items():
+        if "dropout" in name and not 0 <= value < 1:
+            raise InputError(f"model.{name} = {value}: expected 0 <= {name} < 1.")
 
 
 REMAT_POLICIES = {
@@ -82,11 +106,12 @@ def embed(
 ) -> Float[Array, "B T D"]:
     """Rows of an embedding table, in the compute type and sharded as activations."""
     # Its columns are gathered first: a lookup in a table that is sharded both ways
-    # makes XLA replicate the result.
-    rows = table[...].astype(compute.dtype)
-    rows = jax.reshard(rows, PartitionSpec(jax.typeof(rows).sharding.spec[0], None))
+    # makes XLA replicate the result. Cast last: the gradient of a frequent token is a
+    # sum of thousands of rows, which bf16 would round away.
+    whole = PartitionSpec(jax.typeof(table[...]).sharding.spec[0], None)
+    rows = jax.reshard(table[...], whole)
     spec = compute.rules.spec("batch", "seq", "act_embed")
-    return rows.at[ids].get(out_sharding=spec)
+    return rows.at[ids].get(out_sharding=spec).astype(compute.dtype)
 
 
 def scan_blocks(

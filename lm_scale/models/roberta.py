@@ -19,6 +19,7 @@ from lm_scale.models.attention import attention, segment_mask
 from lm_scale.models.layers import (
     Compute,
     LayerNorm,
+    check_shape,
     dropout,
     embed,
     hf_linear,
@@ -49,11 +50,7 @@ class RobertaConfig:
     init_std: float = 0.02
 
     def __post_init__(self):
-        if self.embed % self.heads:
-            raise InputError(
-                f"model.embed = {self.embed} must be a multiple of "
-                f"model.heads = {self.heads}."
-            )
+        check_shape(self)
 
     def train_flops_per_token(self, seq_len: int) -> float:
         """Model FLOPs of forward and backward pass for one token of a sequence.
@@ -168,7 +165,10 @@ class Block(nnx.Module):
     def feed_forward(self, x):
         dtype, rules = x.dtype, self.compute.rules
         with jax.named_scope("mlp"):
-            up = jnp.einsum("BTD,DF->BTF", x, self.up[...].astype(dtype))
+            up = jnp.einsum(
+                "BTD,DF->BTF", x, self.up[...].astype(dtype),
+                out_sharding=rules.spec("batch", "seq", "act_mlp"),
+            )  # fmt: skip
             up = jax.nn.gelu(up + self.up_bias[...].astype(dtype), approximate=False)
             down = jnp.einsum(
                 "BTF,FD->BTD", up, self.down[...].astype(dtype),
@@ -189,7 +189,7 @@ class Roberta(nnx.Module):
         self.types = param((config.token_types, D), (None, "embed"), normal)
         self.embed_norm = LayerNorm(D, config.norm_epsilon)
         self.blocks = stack(Block(config, compute), config.layers)
-        self.dense = param((D, D), ("embed", "act_embed"), normal)
+        self.dense = param((D, D), ("embed", None), normal)
         self.dense_bias = param((D,), (None,), zeros, decay=False)
         self.head_norm = LayerNorm(D, config.norm_epsilon)
         self.head_bias = param((config.vocab,), ("vocab",), zeros, decay=False)
@@ -238,7 +238,7 @@ class Roberta(nnx.Module):
         dtype, rules = hidden.dtype, self.compute.rules
         with jax.named_scope("head"):
             x = jnp.einsum(
-                "BTD,DE->BTE", hidden, self.dense[...].astype(dtype),
+                "BTD,DG->BTG", hidden, self.dense[...].astype(dtype),
                 out_sharding=rules.spec("batch", "seq", "act_embed"),
             )  # fmt: skip
             x = x + self.dense_bias[...].astype(dtype)

@@ -144,10 +144,10 @@ def test_a_different_store_is_refused_with_its_differences(
     with pytest.raises(InputError) as caught:
         prepare(other, gpt2, out, separator=False, console=quiet)
     message = str(caught.value)
-    assert "source.validation_fraction (0.2 there, 0.3 here)" in message
-    assert "separator (0 there, None here)" in message
+    assert "source.validation_fraction: 0.2 there, 0.3 here" in message
+    assert "separator: 0 there, None here" in message
     assert "tokenizer_hash" not in message
-    assert "choose another folder or delete it" in message
+    assert "Choose another folder or delete it" in message
     with pytest.raises(InputError, match="tokenizer_hash"):
         prepare(corpus, roberta, out, console=quiet)
 

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run tells a person before its first step and after its last."""
+
+import json
+import math
+from pathlib import Path
+
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lm_scale.config import RunConfig
+from lm_scale.data.loader import TrainBatches
+from lm_scale.models import Model
+from lm_scale.sharding import sharding_table
+
+
+def describe(
+    config: RunConfig,
+    model: Model,
+    mesh: Mesh,
+    batches: TrainBatches,
+    steps: int,
+    console: Console,
+) -> None:
+    """Prints each weight's sharding, then the run in four lines."""
+    table = Table(
+        "weight", "shape", "logical axes", "mesh axes", "bytes a device", box=None
+    )
+    rows = sharding_table(model, config.compute.rules, mesh)
+    for row in rows:
+        shape = "×".join(map(str, row.shape))
+        axes = " ".join(axis or "-" for axis in row.axes)
+        parts = " ".join(
+            "-" if part is None else part if isinstance(part, str) else "×".join(part)
+            for part in row.mesh_axes
+        )
+        table.add_row(row.path, shape, axes, parts, f"{row.bytes_per_device:,}")
+    console.print(table)
+    weights = sum(math.prod(row.shape) for row in rows)
+    sizes = [f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1]
+    device = mesh.devices.flat[0]
+    tokens = config.batch * config.seq_len
+    console.print(
+        f"model    {type(config.model).__name__}, {weights:,} weights\n"
+        f"devices  {mesh.size} × {device.device_kind}, mesh {' '.join(sizes) or '1'}\n"
+        f"data     {batches.store.num_tokens:,} training tokens, "
+        f"{batches.examples:,} sequences of {config.seq_len}\n"
+        f"run      {steps:,} steps of {tokens:,} tokens = "
+        f"{steps * config.batch / batches.examples:.2f} epochs, in {config.run_dir}",
+        highlight=False,
+        markup=False,
+    )
+
+
+def report(
+    config: RunConfig, results: dict[str, float], sample: str | None, console: Console
+) -> None:
+    """Writes eval_results.json and prints the results and where everything is."""
+    run_dir = Path(config.run_dir)
+    named = {
+        f"eval_{name}" if name != "unigram_loss" else name: value
+        for name, value in results.items()
+    }
+    path = run_dir / "eval_results.json"
+    named = {name: x if math.isfinite(x) else None for name, x in named.items()}
+    path.write_text(json.dumps(named, indent=4, sort_keys=True) + "\n")
+    table = Table(show_header=False)
+    table.add_row("held-out loss", f"{results['loss']:.4f} nats a token")
+    table.add_row("perplexity", f"{results['perplexity']:.2f}")
+    table.add_row("accuracy", f"{results['accuracy']:.2%}")
+    table.add_row("unigram loss", f"{results['unigram_loss']:.4f}, the same tokens")
+    # As Text: brackets in them are no markup.
+    if sample is not None:
+        table.add_row("sample", Text(sample))
+    table.add_row("checkpoint", Text(str(run_dir / "checkpoints")))
+    table.add_row("TensorBoard", Text(str(run_dir / "tensorboard")))
+    table.add_row("Hugging Face", Text(str(run_dir / "hf")))
+    console.print(table)

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens -> example: what is asked, and that the noise is a pure function."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from lm_scale.errors import InputError
+from lm_scale.objectives import IGNORE, CausalLM, MaskedLM, Vocabulary
+
+SPECIAL = (1, 2, 3, 4)
+MASK = 4
+VOCABULARY = Vocabulary(size=61, special_ids=SPECIAL, mask_id=MASK)
+KEY = (42, 3, 17)  # seed, epoch, example number
+
+
+def text(length, *, seed=0, special=True):
+    """int32 tokens of the whole vocabulary, or without the special ones."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, VOCABULARY.size, length).astype(np.int32)
+    return tokens if special else tokens[~np.isin(tokens, SPECIAL)]
+
+
+def within_four_sigma(count, total, share):
+    """`count` of `total` independent draws of probability `share`."""
+    sigma = math.sqrt(total * share * (1 - share))
+    return abs(count - total * share) <= 4 * sigma
+
+
+# --- Causal LM ------------------------------------------------------------------------
+
+
+def test_clm_labels_are_the_next_tokens():
+    tokens = np.array([5, 0, 7, 2], np.int32)
+    example = CausalLM().example(tokens, VOCABULARY, KEY)
+    np.testing.assert_array_equal(example["tokens"], [5, 0, 7, 2])
+    np.testing.assert_array_equal(example["labels"], [0, 7, 2, IGNORE])
+    assert example["labels"].dtype == np.int32
+    np.testing.assert_array_equal(tokens, [5, 0, 7, 2])  # the input is left alone
+
+
+def test_clm_of_one_token_asks_nothing():
+    example = CausalLM().example(np.array([5], np.int32), VOCABULARY, KEY)
+    np.testing.assert_array_equal(example["labels"], [IGNORE])
+
+
+def test_clm_takes_any_vocabulary():
+    CausalLM().check(dataclasses.replace(VOCABULARY, mask_id=None))
+
+
+# --- Masked LM ------------------------------------------------------------------------
+
+
+def test_mlm_is_a_function_of_seed_epoch_and_number():
+    tokens = text(500)
+    once = MaskedLM().example(tokens, VOCABULARY, KEY)
+    again = MaskedLM().example(tokens.copy(), VOCABULARY, KEY)
+    for name in ("tokens", "labels"):
+        np.testing.assert_array_equal(once[name], again[name])
+        assert once[name].dtype == np.int32 and once[name].shape == tokens.shape
+    # Each part of the key matters, and they do not stand in for one another.
+    others = [(43, 3, 17), (42, 4, 17), (42, 3, 18), (42, 17, 3), (3, 42, 17)]
+    noises = [MaskedLM().example(tokens, VOCABULARY, key)["labels"] for key in others]
+    for i, noise in enumerate([once["labels"], *noises]):
+        for other in noises[i:]:
+            assert not np.array_equal(noise, other)
+
+
+def test_mlm_noise_of_neighbours_is_independent():
+    """No shifted copy: example n + 1 must not go on where example n's stream ends."""
+    tokens = text(4000, special=False)
+    size = tokens.size
+    chosen = [
+        MaskedLM().example(tokens, VOCABULARY, (42, epoch, number))["labels"] != IGNORE
+        for epoch, number in ((0, 0), (0, 1), (1, 0))
+    ]
+    for a in range(3):
+        for b in range(a + 1, 3):
+            for shift in range(-8, 9):
+                both = np.sum(chosen[a] & np.roll(chosen[b], shift))
+                assert within_four_sigma(both, size, 0.15**2), (a, b, shift)
+
+
+def test_mlm_statistics():
+    """15 % are chosen; of those 80 % become the mask, 10 % any token, 10 % stay."""
+    tokens = text(200_000, special=False)
+    example = MaskedLM().example(tokens, VOCABULARY, KEY)
+    chosen = example["labels"] != IGNORE
+    hidden = example["tokens"][chosen]
+    total = int(chosen.sum())
+    assert within_four_sigma(total, tokens.size, 0.15)
+    assert (tokens[chosen] != MASK).all()  # so a mask there comes from the objective
+    # "Any token" is the mask or the token itself once in 61 times.
+    size = VOCABULARY.size
+    masked = np.sum(hidden == MASK)
+    kept = np.sum(hidden == tokens[chosen])
+    assert within_four_sigma(masked, total, 0.8 + 0.1 / size)
+    assert within_four_sigma(kept, total, 0.1 + 0.1 / size)
+    swapped = total - masked - kept
+    assert within_four_sigma(swapped, total, 0.1 * (size - 2) / size)
+
+
+@pytest.mark.parametrize(
+    ("masked", "random"), [(1.0, 0.0), (0.0, 1.0), (0.0, 0.0), (0.5, 0.5)]
+)
+def test_mlm_with_other_shares(masked, random):
+    tokens = text(50_000, special=False)
+    objective = MaskedLM(probability=0.4, masked=masked, random=random)
+    example = objective.example(tokens, VOCABULARY, KEY)
+    chosen = example["labels"] != IGNORE
+    total, hidden = int(chosen.sum()), example["tokens"][chosen]
+    assert within_four_sigma(total, tokens.size, 0.4)
+    # An expected share of 0 or 1 leaves no room at all.
+    share = masked + random / VOCABULARY.size
+    assert within_four_sigma(np.sum(hidden == MASK), total, share)
+    share = (1 - masked - random) + random / VOCABULARY.size
+    assert within_four_sigma(np.sum(hidden == tokens[chosen]), total, share)
+
+
+def test_mlm_labels_are_the_original_tokens_and_the_rest_is_unchanged():
+    tokens = text(20_000)
+    example = MaskedLM().example(tokens, VOCABULARY, KEY)
+    chosen = example["labels"] != IGNORE
+    np.testing.assert_array_equal(example["labels"][chosen], tokens[chosen])
+    np.testing.assert_array_equal(example["tokens"][~chosen], tokens[~chosen])
+    assert (example["labels"][~chosen] == IGNORE).all()
+    np.testing.assert_array_equal(tokens, text(20_000))  # the input is left alone
+
+
+def test_mlm_never_chooses_special_tokens():
+    tokens = text(20_000)
+    assert np.isin(tokens, SPECIAL).sum() > 1000
+    labels = MaskedLM(probability=0.9).example(tokens, VOCABULARY, KEY)["labels"]
+    assert not np.isin(labels, SPECIAL).any()
+    only_special = np.full(100, 2, np.int32)
+    example = MaskedLM(probability=0.9).example(only_special, VOCABULARY, KEY)
+    assert (example["labels"] == IGNORE).all()
+    np.testing.assert_array_equal(example["tokens"], only_special)
+
+
+def test_mlm_every_token_that_is_not_special_can_be_a_target():
+    labels = MaskedLM().example(text(20_000), VOCABULARY, KEY)["labels"]
+    expected = set(range(VOCABULARY.size)) - set(SPECIAL)  # token 0 among them
+    assert set(labels[labels != IGNORE].tolist()) == expected
+
+
+def test_mlm_random_tokens_cover_the_whole_vocabulary_evenly():
+    tokens = text(60_000, special=False)
+    objective = MaskedLM(probability=0.9, masked=0.0, random=1.0)
+    example = objective.example(tokens, VOCABULARY, KEY)
+    drawn = example["tokens"][example["labels"] != IGNORE]
+    counts = np.bincount(drawn, minlength=VOCABULARY.size)
+    assert counts.size == VOCABULARY.size  # none beyond it
+    for count in counts:
+        assert within_four_sigma(count, drawn.size, 1 / VOCABULARY.size)
+
+
+def test_mlm_needs_a_mask_token():
+    MaskedLM().check(VOCABULARY)
+    with pytest.raises(InputError, match="mask token"):
+        MaskedLM().check(dataclasses.replace(VOCABULARY, mask_id=None))
+
+
+def test_mlm_takes_a_mask_token_with_id_0():
+    vocabulary = Vocabulary(size=61, special_ids=(0,), mask_id=0)
+    MaskedLM().check(vocabulary)
+    tokens = np.full(200, 7, np.int32)
+    hidden = MaskedLM().example(tokens, vocabulary, KEY)["tokens"]
+    assert (hidden == 0).any()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"probability": 0.0},
+        {"probability": 1.0},
+        {"probability": -0.1},
+        {"probability": 15.0},
+        {"masked": 1.2},
+        {"random": -0.1},
+        {"masked": 0.8, "random": 0.3},
+    ],
+)
+def test_mlm_bad_probabilities_are_refused(fields):
+    name, value = list(fields.items())[-1]
+    with pytest.raises(InputError, match=f"{name} = {value}"):
+        MaskedLM(**fields)

@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The promise "one program, any mesh", and what one step does to the state.
+
+Programs are tiny but real; each is compiled once (`program`) and shared by the tests.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+
+from lm_scale.models import Compute, GPT2Config, RobertaConfig, build_model
+from lm_scale.objectives import IGNORE
+from lm_scale.optim import AdamW, Schedule, make_optimizer, make_schedule
+from lm_scale.sharding import (
+    MeshShape,
+    declarations,
+    flatten,
+    init_params,
+    make_mesh,
+    unflatten,
+)
+from lm_scale.step import TrainState, abstract_state, decay_mask, make_train_step
+
+VOCAB, SEQ, STEPS = 38, 12, 20
+LABELS_OF_ROW = (0, 1, 12, 3, 7, 12, 2, 5)  # so that a mean of means would be wrong
+ROWS = len(LABELS_OF_ROW)
+SHAPE = {"vocab": VOCAB, "positions": SEQ, "layers": 3, "embed": 24, "heads": 2,
+         "mlp": 40, "init_std": 0.2}  # fmt: skip
+SCHEDULE = Schedule(peak=1e-2, warmup=3)
+ADAMW = AdamW(weight_decay=0.1, clip=1.0)
+MESHES = {
+    "one": MeshShape(data=1),
+    "data": MeshShape(data=8),
+    "fsdp": MeshShape(data=1, fsdp=8),
+    "2x2x2": MeshShape(data=2, fsdp=2, tensor=2),
+    "context": MeshShape(data=2, context=4),
+}
+
+# Measured over 20 steps on 1 device and on the four meshes of 8 (jax 0.10.2, CPU):
+# losses differ by at most 2e-7 of themselves, which is 2 units in the last place of
+# f32, and parameters by at most 3e-6, the rounding of gradients that Adam divides by
+# their own size. Sums over devices are made in another order, so that equality to the
+# last bit is not to be had. A wrong mean or mask makes differences above 1e-3.
+LOSS = {"rtol": 2e-6}
+PARAMS = {"rtol": 0.0, "atol": 2e-5}
+
+
+@dataclass(frozen=True)
+class Program:
+    model: Any
+    mesh: Any
+    step: Any
+    optimizer: optax.GradientTransformation
+    wrap: Any  # params -> first state, jitted
+
+    def place(self, batch):
+        spec = self.model.compute.rules.spec("batch", "seq")
+        return jax.device_put(batch, NamedSharding(self.mesh, spec))
+
+
+def model_of(family, *, dropout=0.0, **compute):
+    settings = {"dtype": "float32", "remat": "none", "loss_chunk": 5, **compute}
+    if family == "gpt2":
+        rates = ("embed_dropout", "attention_dropout", "residual_dropout")
+        config = GPT2Config(**SHAPE, **dict.fromkeys(rates, dropout))
+    else:
+        config = RobertaConfig(**SHAPE, dropout=dropout, attention_dropout=dropout)
+    return build_model(config, Compute(**settings))
+
+
+@functools.cache
+def program(family, mesh="one", *, accumulate=1, gradients=False, **settings):
+    """`gradients`: instead of AdamW, keep them in the optimizer's state as they are."""
+    model = model_of(family, **settings)
+    schedule = make_schedule(SCHEDULE, STEPS)
+    optimizer = make_optimizer(ADAMW, schedule, decay_mask(model))
+    if gradients:
+        optimizer = optax.trace(decay=0.0)
+    step = make_train_step(model, optimizer, schedule, seed=3, accumulate=accumulate)
+    devices = jax.devices()[:1] if mesh == "one" else None
+
+    def wrap(params):
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    mesh = make_mesh(MESHES[mesh], devices)
+    return Program(model, mesh, step, optimizer, jax.jit(wrap))
+
+
+@functools.cache
+def first_params(family):
+    """Path -> array, made on one device; tests/test_sharding.py compares the meshes."""
+    model, mesh = model_of(family), program(family).mesh
+    with jax.set_mesh(mesh):
+        make = jax.jit(
+            lambda: init_params(model, model.compute.rules, jax.random.key(0))
+        )
+        return {path: np.asarray(x) for path, x in flatten(make()).items()}
+
+
+def first_state(family, made):
+    """To be called under `jax.set_mesh`."""
+    rules, declared = made.model.compute.rules, declarations(made.model)
+    placed = {}
+    for path, value in first_params(family).items():
+        spec = rules.spec(*declared[path].get_metadata("axes"))
+        placed[path] = jax.device_put(value, NamedSharding(made.mesh, spec))
+    return made.wrap(unflatten(placed))
+
+
+def host_batch(number, labels_of_row=LABELS_OF_ROW):
+    rng = np.random.default_rng(number)
+    tokens = rng.integers(2, VOCAB, (ROWS, SEQ)).astype(np.int32)
+    labels = rng.integers(0, VOCAB, (ROWS, SEQ)).astype(np.int32)
+    labels[np.arange(SEQ) >= np.asarray(labels_of_row)[:, None]] = IGNORE
+    return {"tokens": tokens, "labels": labels}
+
+
+@functools.cache
+def run(family, mesh="one", *, steps=STEPS, **settings):
+    """Metrics [steps] by name, and the parameters at the end by path."""
+    made = program(family, mesh, **settings)
+    history = []
+    with jax.set_mesh(made.mesh):
+        state = first_state(family, made)
+        for number in range(steps):
+            state, metrics = made.step(state, made.place(host_batch(number)))
+            history.append(jax.device_get(metrics))
+    metrics = {name: np.array([m[name] for m in history]) for name in history[0]}
+    return metrics, {path: np.asarray(x) for path, x in flatten(state.params).items()}
+
+
+def assert_same_run(found, expected):
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(found[0][name], expected[0][name], **LOSS)
+    np.testing.assert_array_equal(found[0]["labels"], expected[0]["labels"])
+    for path, value in expected[1].items():
+        other = found[1][path]
+        if path == "blocks.qkv_bias":
+            # Softmax does not see what is added to all keys: the key bias has gradient
+            # 0, and Adam makes steps of full size out of its rounding noise.
+            value, other = np.delete(value, 1, axis=1), np.delete(other, 1, axis=1)
+        np.testing.assert_allclose(other, value, **PARAMS, err_msg=path)
+
+
+# --- One program, any mesh ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mesh", [name for name in MESHES if name != "one"])
+@pytest.mark.parametrize("family", ["gpt2", "roberta"])
+def test_twenty_steps_are_the_same_on_every_mesh(family, mesh):
+    expected = run(family)
+    assert expected[0]["loss"][-1] < expected[0]["loss"][0] - 0.2  # it does learn
+    assert set(expected[0]["labels"]) == {sum(LABELS_OF_ROW)}
+    assert_same_run(run(family, mesh), expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "mesh"), [("gpt2", "2x2x2"), ("roberta", "context")]
+)
+def test_dropout_is_the_same_on_every_mesh(family, mesh):
+    expected = run(family, dropout=0.3, steps=3)
+    assert abs(expected[0]["loss"][0] - run(family)[0]["loss"][0]) > 1e-2
+    assert_same_run(run(family, mesh, dropout=0.3, steps=3), expected)
+
+
+def test_accumulation_gives_the_same_run():
+    """In parts of two rows, one for each of the mesh's two groups of devices."""
+    assert_same_run(run("gpt2", "context", accumulate=4), run("gpt2"))
+
+
+def test_a_batch_that_cannot_be_cut_is_refused():
+    made = program("gpt2", accumulate=3)
+    with jax.set_mesh(made.mesh):
+        state = first_state("gpt2", made)
+        with pytest.raises(ValueError, match="3"):
+            jax.eval_shape(made.step, state, made.place(host_batch(0)))
+
+
+# --- What the loss is -----------------------------------------------------------------
+
+
+def test_the_loss_is_the_mean_over_the_labels_of_the_whole_batch():
+    """From single rows: their sums of losses, added up and divided once."""
+    made = program("gpt2", gradients=True)
+    total = 0.0
+    for row, labels in enumerate(LABELS_OF_ROW):
+        alone = [labels if r == row else 0 for r in range(ROWS)]
+        with jax.set_mesh(made.mesh):
+            state = first_state("gpt2", made)
+            _, metrics = made.step(state, made.place(host_batch(0, alone)))
+        assert metrics["labels"] == labels
+        total += float(metrics["loss"]) * labels
+    expected = total / sum(LABELS_OF_ROW)
+    assert run("gpt2")[0]["loss"][0] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_neither_loss_nor_gradients(remat):
+    results = []
+    for settings in ({}, {"remat": remat}):
+        made = program("gpt2", gradients=True, **settings)
+        with jax.set_mesh(made.mesh):
+            state = first_state("gpt2", made)
+            state, metrics = made.step(state, made.place(host_batch(0)))
+        results.append((float(metrics["loss"]), flatten(state.opt_state.trace)))
+    (loss, gradients), (other_loss, other_gradients) = results
+    assert other_loss == pytest.approx(loss, rel=1e-6)
+    for path, gradient in gradients.items():
+        other = other_gradients[path]
+        # Entries are below 1: rounding of f32, in another order.
+        np.testing.assert_allclose(other, gradient, rtol=1e-4, atol=1e-7, err_msg=path)
+
+
+def test_bfloat16_computes_nearly_the_same_and_keeps_f32_weights():
+    expected, _ = run("gpt2", "2x2x2")
+    found, params = run("gpt2", "2x2x2", dtype="bfloat16")
+    assert {x.dtype for x in params.values()} == {np.dtype(np.float32)}
+    # 8 bits of mantissa: 1/256 for one rounding, and the loss is a mean of many.
+    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=5e-3)
+    assert not np.array_equal(found["loss"], expected["loss"])  # it is not f32
+
+
+# --- What the update is ---------------------------------------------------------------
+
+UNDECAYED = {
+    "gpt2": {
+        "blocks.norm1.scale", "blocks.norm1.bias", "blocks.norm2.scale",
+        "blocks.norm2.bias", "blocks.qkv_bias", "blocks.out_bias", "blocks.up_bias",
+        "blocks.down_bias", "final_norm.scale", "final_norm.bias",
+    },
+    "roberta": {
+        "blocks.norm1.scale", "blocks.norm1.bias", "blocks.norm2.scale",
+        "blocks.norm2.bias", "blocks.qkv_bias", "blocks.out_bias", "blocks.up_bias",
+        "blocks.down_bias", "embed_norm.scale", "embed_norm.bias", "dense_bias",
+        "head_norm.scale", "head_norm.bias", "head_bias",
+    },
+}  # fmt: skip
+DECAYED = {
+    "gpt2": {
+        "tokens", "positions", "blocks.qkv", "blocks.out", "blocks.up", "blocks.down",
+    },
+    "roberta": {
+        "tokens", "positions", "types", "blocks.qkv", "blocks.out", "blocks.up",
+        "blocks.down", "dense",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["gpt2", "roberta"])
+def test_matrices_and_embeddings_decay_but_not_biases_and_norms(family):
+    mask = flatten(decay_mask(model_of(family)))
+    assert {path for path, decay in mask.items() if decay} == DECAYED[family]
+    assert {path for path, decay in mask.items() if not decay} == UNDECAYED[family]
+
+
+def test_a_batch_without_labels_only_decays():
+    """No NaN from 0/0, no gradient; and so the decay can be seen by itself."""
+    made, before = program("gpt2"), first_params("gpt2")
+    empty = host_batch(0, [0] * ROWS)
+    with jax.set_mesh(made.mesh):
+        state = first_state("gpt2", made)
+        state, first = made.step(state, made.place(empty))
+        assert first["learning_rate"] == 0.0
+        for path, value in flatten(state.params).items():
+            np.testing.assert_array_equal(np.asarray(value), before[path])
+        state, second = made.step(state, made.place(empty))
+    rate = SCHEDULE.peak / SCHEDULE.warmup
+    assert second["learning_rate"] == pytest.approx(rate)
+    assert (second["loss"], second["labels"], second["grad_norm"]) == (0.0, 0.0, 0.0)
+    for path, value in flatten(state.params).items():
+        left = 1 - rate * ADAMW.weight_decay if path in DECAYED["gpt2"] else 1.0
+        expected = before[path] * left
+        np.testing.assert_allclose(np.asarray(value), expected, rtol=1e-6)
+
+
+def test_the_first_update_of_a_warm_up_has_learning_rate_0():
+    metrics, params = run("gpt2", steps=1)
+    assert metrics["learning_rate"][0] == 0.0
+    assert metrics["grad_norm"][0] > 0.1
+    for path, value in params.items():
+        np.testing.assert_array_equal(value, first_params("gpt2")[path], err_msg=path)
+    rates = run("gpt2")[0]["learning_rate"]
+    schedule = make_schedule(SCHEDULE, STEPS)
+    np.testing.assert_allclose(rates, [schedule(i) for i in range(STEPS)], rtol=1e-6)
+
+
+# --- The state ------------------------------------------------------------------------
+
+
+def test_the_state_is_donated_keeps_its_types_and_compiles_once():
+    """On the mesh where every kind of sharding occurs."""
+    made = program("gpt2", "2x2x2")
+    declared, rules = declarations(made.model), made.model.compute.rules
+    with jax.set_mesh(made.mesh):
+        before = first_state("gpt2", made)
+        types = [jax.typeof(x) for x in jax.tree.leaves(before)]
+        after, metrics = made.step(before, made.place(host_batch(0)))
+        made.step(after, made.place(host_batch(1)))
+        third = first_state("gpt2", made)
+        third, _ = made.step(third, made.place(host_batch(0)))
+    assert all(x.is_deleted() for x in jax.tree.leaves(before))
+    assert all(x.is_deleted() for x in jax.tree.leaves(after))
+    assert [jax.typeof(x) for x in jax.tree.leaves(third)] == types
+    for path, value in flatten(third.params).items():
+        spec = rules.spec(*declared[path].get_metadata("axes"))
+        assert jax.typeof(value).sharding.spec == spec, path
+    assert int(third.step) == 1
+    assert all(x.shape == () and x.dtype == np.float32 for x in metrics.values())
+    assert made.step._cache_size() == 1
+
+
+@pytest.mark.parametrize("mesh", ["2x2x2", "context"])
+def test_gradients_have_the_sharding_of_their_parameters(mesh):
+    made = program("gpt2", mesh, gradients=True)
+
+    def stepped(state, batch):
+        state, _ = made.step(state, batch)
+        return flatten(state.params), flatten(state.opt_state.trace)
+
+    with jax.set_mesh(made.mesh):
+        state = first_state("gpt2", made)
+        params, gradients = jax.eval_shape(stepped, state, made.place(host_batch(0)))
+    assert set(params) == set(gradients)
+    for path, gradient in gradients.items():
+        axes = declarations(made.model)[path].get_metadata("axes")
+        spec = made.model.compute.rules.spec(*axes)
+        assert gradient.sharding.spec == params[path].sharding.spec == spec, path
+
+
+def test_abstract_state_is_the_type_of_the_state():
+    """So that a restored state needs no other program than the first one."""
+    made = program("gpt2", "2x2x2")
+    with jax.set_mesh(made.mesh):
+        state = first_state("gpt2", made)
+    target = abstract_state(made.model, made.optimizer, made.mesh)
+    assert jax.tree.structure(target) == jax.tree.structure(state)
+    for found, x in zip(jax.tree.leaves(target), jax.tree.leaves(state), strict=True):
+        assert (found.shape, found.dtype) == (x.shape, x.dtype)
+        assert found.sharding == x.sharding
