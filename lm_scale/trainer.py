@@ -17,7 +17,7 @@ from rich.console import Console
 from lm_scale import hf
 from lm_scale.checkpoint import Checkpoints
 from lm_scale.config import RunConfig, check_run_dir, write_config
-from lm_scale.data.loader import device_batches
+from lm_scale.data.loader import EvalBatches, device_batches
 from lm_scale.data.store import TokenStore
 from lm_scale.errors import InputError, differences
 from lm_scale.evaluate import evaluate, unigram_loss
@@ -91,37 +91,29 @@ def train(config: RunConfig, console: Console | None = None) -> Outcome:
         state = first_state(config, model, optimizer, mesh, saved, console)
 
         # 4. The loop.
+        tokens_per_step = config.batch * config.seq_len
+        flops_per_token = config.model.train_flops_per_token(config.seq_len)
         metrics = MetricsLogger(
             Path(config.run_dir),
             start_step=int(state.step),
             total_steps=steps,
-            tokens_per_step=config.batch * config.seq_len,
-            flops_per_step=config.batch
-            * config.seq_len
-            * config.model.train_flops_per_token(config.seq_len),
+            tokens_per_step=tokens_per_step,
+            flops_per_step=tokens_per_step * flops_per_token,
             devices=list(mesh.devices.flat),
             enabled=jax.process_index() == 0,
         )
 
-        def evaluated(params: Params) -> dict[str, float]:
+        def evaluate_now(params: Params) -> dict[str, float]:
             return evaluate(eval_step, params, held_out, mesh, rules)
 
         with metrics, stop_on_signals() as stop:
             last = min(steps, config.stop_at or steps)
-            source = device_batches(
-                batches, mesh, rules, start=int(state.step), stop=last
-            )
+            first = int(state.step)
+            source = device_batches(batches, mesh, rules, start=first, stop=last)
             state = run_steps(
-                config,
-                state,
-                source,
-                steps,
-                train_step,
-                evaluated,
-                metrics,
-                saved,
+                config, state, source, steps, train_step, evaluate_now, metrics, saved,
                 stop,
-            )
+            )  # fmt: skip
             step = int(state.step)
             saved.save(state)
             if step < steps:
@@ -132,23 +124,13 @@ def train(config: RunConfig, console: Console | None = None) -> Outcome:
                     f"Run {again} to go on."
                 )
                 return Outcome(step, False, stop.is_set(), {})
-            results = evaluated(state.params)
+            results = evaluate_now(state.params)
             saved.wait()
             if not (Path(config.run_dir) / "eval_results.json").exists():
                 metrics.log_eval(step, results)
 
         # 5. What was learnt, and where it is.
-        store = TokenStore.open(Path(config.store_dir) / "train")
-        results["unigram_loss"] = unigram_loss(store, held_out, config.model.vocab)
-        hf.export(config.model, state.params, tokenizer, Path(config.run_dir) / "hf")
-        sample = None
-        if config.sample_prompt is not None:
-            room = config.model.positions - len(tokenizer.encode(config.sample_prompt))
-            sampling = Sampling(max_new_tokens=max(1, min(80, room)), seed=config.seed)
-            (sample,) = complete(
-                model, state.params, tokenizer, config.sample_prompt, sampling
-            )
-    report(config, results, sample, console)
+        conclude(config, model, state.params, tokenizer, held_out, results, console)
     return Outcome(step, True, False, results)
 
 
@@ -158,7 +140,7 @@ def run_steps(
     source: Iterator[dict[str, jax.Array]],
     steps: int,
     train_step,
-    evaluated,
+    evaluate_now,
     metrics: MetricsLogger,
     saved: Checkpoints,
     stop: threading.Event,
@@ -188,7 +170,7 @@ def run_steps(
             pending = None
             with metrics.pause():
                 if eval_now:
-                    metrics.log_eval(step, evaluated(state.params))
+                    metrics.log_eval(step, evaluate_now(state.params))
                 if save_now:  # after it: a run that goes on from here has both
                     saved.save(state)
         if stop.is_set():
@@ -245,6 +227,27 @@ def first_state(
         )
         return jax.jit(lambda p: start_state(p, optimizer))(params)
     return jax.jit(lambda: init_state(model, optimizer, config.seed))()
+
+
+def conclude(
+    config: RunConfig,
+    model: Model,
+    params: Params,
+    tokenizer,
+    held_out: EvalBatches,
+    results: dict[str, float],
+    console: Console,
+) -> None:
+    """Exports the model and reports, the unigram loss added to `results`."""
+    store = TokenStore.open(Path(config.store_dir) / "train")
+    results["unigram_loss"] = unigram_loss(store, held_out, config.model.vocab)
+    hf.export(config.model, params, tokenizer, Path(config.run_dir) / "hf")
+    prompt, sample = config.sample_prompt, None
+    if prompt is not None:
+        room = config.model.positions - len(tokenizer.encode(prompt))
+        sampling = Sampling(max_new_tokens=max(1, min(80, room)), seed=config.seed)
+        (sample,) = complete(model, params, tokenizer, prompt, sampling)
+    report(config, results, sample, console)
 
 
 def check_init_from(folder: str, config: RunConfig) -> None:
