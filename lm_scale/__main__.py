@@ -145,16 +145,16 @@ RunDir = Annotated[Positional[str], arg(metavar="RUN_DIR")]
 class Eval:
     """Evaluates the newest checkpoint of a run on its held-out split."""
 
-    run_dir: RunDir  # of a run that has a checkpoint
+    run_dir: RunDir  # folder of a run that has a checkpoint
 
 
 @dataclass(frozen=True)
 class Generate:
     """Continues a text (causal LM), or fills in its masks (masked LM)."""
 
-    run_dir: RunDir  # of a run that has a checkpoint
+    run_dir: RunDir  # folder of a run that has a checkpoint
     prompt: str = "The"  # may hold <mask> for a masked LM
-    max_new_tokens: int = 100  # tokens to add
+    max_new_tokens: int = 100  # tokens to add; fewer where the model's positions end
     temperature: float = 0.8  # 0: always the likeliest token
     top_k: int = 0  # draw from so many likeliest tokens only; 0: from all
     top_p: float = 0.95  # draw from the fewest tokens that hold this probability
@@ -166,7 +166,7 @@ class Generate:
 class Export:
     """Writes the newest checkpoint of a run as a Hugging Face model."""
 
-    run_dir: RunDir  # of a run that has a checkpoint
+    run_dir: RunDir  # folder of a run that has a checkpoint
     out: str | None = None  # folder; default: RUN_DIR/hf
 
 
@@ -221,8 +221,12 @@ def export(argv: list[str]) -> int:
     from lm_scale import hf
     from lm_scale.runs import open_run
 
+    out = options.out
+    if out is None:
+        out = str(Path(options.run_dir) / "hf")
+    elif not out or Path(out).is_file():
+        raise InputError(f"--out {out!r} is no folder to write to.")
     run = open_run(options.run_dir)
-    out = options.out or str(Path(options.run_dir) / "hf")
     hf.export(run.config.model, run.params, run.tokenizer, out)
     print(out)
     return 0

@@ -84,13 +84,10 @@ class Checkpoints:
 
         Raises InputError if it was trained on other tokens than `tokens` says.
         """
-        restored = self.manager.restore(
-            self.newest(),
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(target.params),
-                opt_state=ocp.args.StandardRestore(target.opt_state),
-                meta=ocp.args.JsonRestore(),
-            ),
+        restored = self._restore(
+            params=ocp.args.StandardRestore(target.params),
+            opt_state=ocp.args.StandardRestore(target.opt_state),
+            meta=ocp.args.JsonRestore(),
         )
         found = differences(restored["meta"]["tokens"] or {}, self.tokens or {})
         if found:
@@ -104,8 +101,21 @@ class Checkpoints:
 
     def restore_params(self, target: Params) -> Params:
         """The newest parameters alone."""
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(target))
-        return self.manager.restore(self.newest(), args=args)["params"]
+        return self._restore(params=ocp.args.StandardRestore(target))["params"]
+
+    def _restore(self, **items: Any) -> Any:
+        """These items of the newest checkpoint; InputError if it is damaged."""
+        step = self.newest()
+        try:
+            return self.manager.restore(step, args=ocp.args.Composite(**items))
+        except (KeyError, ValueError, OSError) as error:
+            older = [number for number in self.manager.all_steps() if number < step]
+            way_out = f"go on from step {max(older)}" if older else "start anew"
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"The checkpoint {self.directory / str(step)} is damaged, or of "
+                f"another model: {reason:.200}\nMove that folder away to {way_out}."
+            ) from error
 
     def newest(self) -> int:
         """The newest step; InputError if there is none."""

@@ -9,6 +9,7 @@ directory, where a later process finds it and checks that it goes on with the sa
 import dataclasses
 import json
 import math
+import re
 import runpy
 import sys
 import tempfile
@@ -73,11 +74,15 @@ class RunConfig:
         optional = ("steps", "epochs", "eval_every", "save_every", "stop_at")
         for name in (*counts, *optional):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < math.inf:
                 raise InputError(f"{name} = {value}: expected a number above 0.")
-        for name in ("seed", "simulated_devices"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} = {getattr(self, name)}: expected 0 or more.")
+        for name, limit in (("seed", 2**63), ("simulated_devices", 1025)):
+            if not 0 <= getattr(self, name) < limit:
+                raise InputError(
+                    f"{name} = {getattr(self, name)}: expected 0 to {limit - 1}."
+                )
+        if not self.run_dir:
+            raise InputError("run_dir is empty: expected the name of a folder.")
         if self.steps is None and self.epochs is None:
             raise InputError("Say how long to train: give `steps` or `epochs`.")
         if self.steps is not None and self.epochs is not None:
@@ -168,7 +173,7 @@ def load_config(path: str, overrides: list[str], *, prog: str) -> RunConfig:
         config = runpy.run_path(path).get("config")
     except InputError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         line = _line_of(error, path)
         raise InputError(
             f"{path}{line} fails: {type(error).__name__}: {error}"
@@ -177,8 +182,36 @@ def load_config(path: str, overrides: list[str], *, prog: str) -> RunConfig:
         sys.path.pop(0)
     if not isinstance(config, RunConfig):
         raise InputError(f"{path} sets no variable `config` that is a RunConfig.")
+    check_types(config)
     kind = tyro.conf.AvoidSubcommands[RunConfig]  # keeps the file's choice of model
     return tyro.cli(kind, default=config, args=overrides, prog=f"{prog} {path}")
+
+
+def check_types(config: Any, prefix: str = "") -> None:
+    """InputError for a field of a config whose value is not of the declared type."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        name, value = prefix + field.name, getattr(config, field.name)
+        hint = hints[field.name]
+        if not _is_a(value, hint):
+            wanted = getattr(hint, "__name__", None) or str(hint)
+            wanted = re.sub(r"(\w+\.)+", "", wanted)
+            raise InputError(f"{name} = {value!r}: expected {wanted}.")
+        if dataclasses.is_dataclass(value):
+            check_types(value, f"{name}.")
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_is_a(value, option) for option in options)
+    if origin is typing.Literal:
+        return value in options
+    if origin is tuple:  # tuple[str, ...]
+        return isinstance(value, tuple) and all(_is_a(x, options[0]) for x in value)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
 
 
 def _line_of(error: BaseException, path: str) -> str:
@@ -254,7 +287,10 @@ def check_run_dir(config: RunConfig) -> None:
     The message names each field that differs. Fields in FREE may.
     """
     folder = Path(config.run_dir)
-    for path in (folder, Path(config.store_dir)):
+    parts = [folder / name for name in ("checkpoints", "tensorboard", "hf")]
+    for path in (folder, Path(config.store_dir), *parts):
+        if path in parts and not path.exists():
+            continue  # they are made when they are needed
         try:
             path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=path):
@@ -263,6 +299,11 @@ def check_run_dir(config: RunConfig) -> None:
             raise InputError(f"Cannot write to {path}: {error}.") from error
     if not has_checkpoints(folder):
         return  # there is nothing to go on with, and so nothing to mix up
+    if not (folder / "config.json").exists():
+        raise InputError(
+            f"{folder} has checkpoints but no config.json, so nobody can tell whether "
+            f"they belong to this config. Put it back, or give another `run_dir`."
+        )
     found = differences(_fixed(read_run(folder)), _fixed(config))
     if found:
         listed = "\n".join(f"  {line}" for line in found)

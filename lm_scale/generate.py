@@ -20,14 +20,14 @@ from lm_scale.sharding import Params
 class Sampling:
     """How the next token is drawn."""
 
-    max_new_tokens: int = 100
+    max_new_tokens: int = 100  # at most: fewer where the position table ends
     temperature: float = 0.8  # 0: always the likeliest token
     top_k: int = 0  # draw from so many likeliest tokens only; 0: all
     top_p: float = 0.95  # ... from the fewest that hold this share of probability
     seed: int = 0
 
     def __post_init__(self):
-        if self.max_new_tokens < 1 or self.temperature < 0 or self.top_k < 0:
+        if not (self.max_new_tokens >= 1 and self.temperature >= 0 and self.top_k >= 0):
             raise InputError(
                 f"sampling: expected max_new_tokens >= 1, temperature >= 0 and "
                 f"top_k >= 0, got {self.max_new_tokens}, {self.temperature} and "
@@ -35,6 +35,8 @@ class Sampling:
             )
         if not 0 < self.top_p <= 1:
             raise InputError(f"sampling: expected 0 < top_p <= 1, got {self.top_p}.")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"sampling: expected 0 <= seed < 2**63, got {self.seed}.")
 
 
 def unbatched(model: Model) -> Model:
@@ -173,8 +175,13 @@ def complete(
     To be called under `jax.set_mesh`. Raises InputError as `check_prompt`, `generate`
     and `fill_masks` do.
     """
+    if samples < 1:
+        raise InputError(f"samples = {samples}: expected 1 or more.")
     ids = check_prompt(model.config, tokenizer, prompt)
     if family_of(model.config).causal:
+        room = model.config.positions - ids.shape[1]
+        length = min(sampling.max_new_tokens, room)
+        sampling = dataclasses.replace(sampling, max_new_tokens=length)
         ids = np.repeat(ids, samples, axis=0)
         eos = tokenizer.eos_token_id
         rows = generate(model, params, ids, sampling, eos_id=eos)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learning-rate schedules and the optimizer, made of optax parts."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,7 +20,7 @@ class Schedule:
     final: float = 0.0  # learning rate at the last step, as a share of the peak
 
     def __post_init__(self):
-        if self.peak <= 0 or self.warmup < 0 or not 0 <= self.final <= 1:
+        if not (0 < self.peak < math.inf and self.warmup >= 0 and 0 <= self.final <= 1):
             raise InputError(
                 f"schedule: expected peak > 0, warmup >= 0 and final between 0 and 1, "
                 f"got peak = {self.peak}, warmup = {self.warmup}, final = {self.final}."
@@ -38,12 +39,12 @@ class AdamW:
 
     def __post_init__(self):
         betas = (self.beta1, self.beta2)
-        if not all(0 <= b < 1 for b in betas) or self.epsilon <= 0:
+        if not all(0 <= b < 1 for b in betas) or not self.epsilon > 0:
             raise InputError(
                 f"optimizer: expected 0 <= beta < 1 and epsilon > 0, got {betas} and "
                 f"{self.epsilon}."
             )
-        if self.weight_decay < 0 or (self.clip is not None and self.clip <= 0):
+        if not self.weight_decay >= 0 or not (self.clip is None or self.clip > 0):
             raise InputError(
                 f"optimizer: expected weight_decay >= 0 and clip > 0 (or None), got "
                 f"{self.weight_decay} and {self.clip}."

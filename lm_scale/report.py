@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from lm_scale.config import RunConfig
@@ -26,7 +26,12 @@ def describe(
 ) -> None:
     """Prints each weight's sharding, then the run in four lines."""
     table = Table(
-        "weight", "shape", "logical axes", "mesh axes", "bytes a device", box=None
+        Column("weight", no_wrap=True, min_width=18),
+        "shape",
+        "logical axes",
+        "mesh axes",
+        "bytes a device",
+        box=None,
     )
     rows = sharding_table(model, config.compute.rules, mesh)
     for row in rows:

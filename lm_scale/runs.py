@@ -2,6 +2,7 @@
 """What stands in a run's folders: its text made into batches, its newest weights."""
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,12 @@ def prepare_tokenizer(config: RunConfig, console: Console):
     recipe = json.loads(
         json.dumps({name: to_dict(getattr(config.data, name)) for name in RECIPE})
     )
-    if note.exists():
-        found = differences(flatten(json.loads(note.read_text())), flatten(recipe))
+    try:
+        there = flatten(json.loads(note.read_text()))
+    except (FileNotFoundError, ValueError, AttributeError):
+        there = None  # never finished: made again
+    if there is not None:
+        found = differences(there, flatten(recipe))
         if not found:
             return load_tokenizer(folder)
         if (store / "train").exists():
@@ -58,7 +63,11 @@ def prepare_tokenizer(config: RunConfig, console: Console):
     else:
         texts = documents(config.data.corpus, "train")
         console.print(f"Training a tokenizer of {settings.vocab_size} tokens ...")
-        tokenizer = train_tokenizer(texts, settings, max_length=config.model.positions)
+        with warnings.catch_warnings(record=True, action="always") as caught:
+            length = config.model.positions
+            tokenizer = train_tokenizer(texts, settings, max_length=length)
+        for warning in caught:
+            console.print(f"Note: {warning.message}", markup=False)
     tokenizer.save_pretrained(folder)
     note.write_text(json.dumps(recipe))  # last: the folder is whole
     return tokenizer

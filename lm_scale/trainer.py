@@ -244,8 +244,7 @@ def conclude(
     hf.export(config.model, params, tokenizer, Path(config.run_dir) / "hf")
     prompt, sample = config.sample_prompt, None
     if prompt is not None:
-        room = config.model.positions - len(tokenizer.encode(prompt))
-        sampling = Sampling(max_new_tokens=max(1, min(80, room)), seed=config.seed)
+        sampling = Sampling(max_new_tokens=80, seed=config.seed)
         (sample,) = complete(model, params, tokenizer, prompt, sampling)
     report(config, results, sample, console)
 
