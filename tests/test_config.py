@@ -448,3 +448,47 @@ def test_a_file_where_a_folder_should_be(tmp_path):
         read_run(file)
     with pytest.raises(InputError, match=f"Cannot write to {file}"):
         check_run_dir(in_dir(GPT2, file))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("steps", '"ten"', "steps = 'ten': expected int | None"),
+        ("batch", "8.5", "batch = 8.5: expected int"),
+        ("batch", "True", "batch = True: expected int"),
+        ("optimizer", "None", "optimizer = None: expected AdamW"),
+        ("model", "dict(layers=2)", "model = {'layers': 2}: expected GPT2Config"),
+        ("schedule", "Schedule(decay='step')", "schedule.decay = 'step'"),
+        ("schedule", "Schedule(peak='1e-3')", "fails: TypeError"),
+    ],
+)
+def test_a_value_of_the_wrong_type_in_a_config_file(tmp_path, field, value, said):
+    path = tmp_path / "config.py"
+    path.write_text(
+        "from lm_scale.config import RunConfig\n"
+        "from lm_scale.optim import Schedule\n"
+        f"config = RunConfig(run_dir='x', **{{{field!r}: {value}}})\n"
+    )
+    with pytest.raises(InputError) as error:
+        load_config(str(path), [], prog="test")
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["schedule__peak", "optimizer__weight_decay"])
+def test_not_a_number_is_refused(name):
+    with pytest.raises(InputError, match="nan"):
+        changed(GPT2, **{name: float("nan")})
+    with pytest.raises(InputError, match="epochs = nan"):
+        changed(SMALL, steps=None, epochs=float("nan")).check()
+
+
+def test_checkpoints_without_a_config_are_not_touched(tmp_path):
+    config = begun(GPT2, tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(InputError, match="has checkpoints but no config.json"):
+        check_run_dir(config)
+
+
+def test_an_empty_run_dir_is_refused():
+    with pytest.raises(InputError, match="run_dir is empty"):
+        changed(SMALL, run_dir="").check()

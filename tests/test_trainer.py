@@ -162,3 +162,41 @@ def test_a_run_opens_on_one_device(straight, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda *_: one)
     run = open_run(config.run_dir)
     assert run.mesh.size == 1
+
+
+def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(straight, tmp_path):
+    config, _, make = straight
+    damaged = make(tmp_path, stop_at=20)
+    train(damaged, QUIET)
+    folder = Path(damaged.run_dir) / "checkpoints"
+    (folder / "20" / "params").rename(tmp_path / "params")
+    again = dataclasses.replace(damaged, stop_at=None)
+    with pytest.raises(InputError) as error:
+        train(again, QUIET)
+    assert "20 is damaged" in str(error.value)
+    assert "go on from step 10" in str(error.value)
+    (folder / "20").rename(tmp_path / "20")
+    assert train(again, QUIET).finished
+    got = final_params(again.run_dir)
+    for path, value in final_params(config.run_dir).items():
+        np.testing.assert_array_equal(got[path], value, err_msg=path)
+
+
+def test_a_torn_recipe_is_made_again(tmp_path):
+    config = causal_run(tmp_path, steps=6, stop_at=1)
+    train(config, QUIET)
+    note = Path(config.store_dir) / "tokenizer" / "recipe.json"
+    whole = note.read_text()
+    note.write_text(whole[:40])
+    assert train(dataclasses.replace(config, stop_at=2), QUIET).step == 2
+    assert note.read_text() == whole
+
+
+def test_other_tokens_under_a_checkpoint_are_refused(tmp_path):
+    config = causal_run(tmp_path, steps=6, stop_at=1)
+    train(config, QUIET)
+    Path(config.store_dir).rename(tmp_path / "gone")
+    with Path(config.data.corpus.source).open("a") as corpus:
+        corpus.writelines(f"line {i} was not there before\n" for i in range(40))
+    with pytest.raises(InputError, match="trained on other tokens"):
+        train(dataclasses.replace(config, stop_at=2), QUIET)
