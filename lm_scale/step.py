@@ -103,19 +103,16 @@ def make_train_step(
             part_key = jax.random.fold_in(key, number)
             return jax.value_and_grad(loss_sum)(state.params, part, part_key)
 
+        def add_gradients(sums, numbered):
+            return jax.tree.map(jnp.add, sums, gradients(*numbered)), None
+
         if accumulate == 1:
             loss, grads = gradients(0, batch)
         else:
             parts = jax.tree.map(lambda x: split_batch(x, accumulate), batch)
             zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
-            (loss, grads), _ = jax.lax.scan(
-                lambda sums, part: (
-                    jax.tree.map(jnp.add, sums, gradients(*part)),
-                    None,
-                ),
-                zero,
-                (jnp.arange(accumulate), parts),
-            )
+            numbered = (jnp.arange(accumulate), parts)
+            (loss, grads), _ = jax.lax.scan(add_gradients, zero, numbered)
         scale = 1.0 / jnp.maximum(labels, 1.0)
         grads = jax.tree.map(lambda g: g * scale, grads)
         with jax.named_scope("optimizer"):
