@@ -2,7 +2,8 @@
 """A GPT-2-shaped causal LM of 5.3 M weights on the documentation of Python itself.
 
 Command   ./launch/quickstart   (or: lm-scale train configs/quickstart.py)
-Hardware  any; a CPU is simulated as 8 devices
+Hardware  any; a CPU is simulated as 8 devices; about 6 minutes on 2 cores
+Expected  held-out loss about 5.5, that of a unigram model 6.7
 """
 
 from lm_scale.config import DataConfig, RunConfig

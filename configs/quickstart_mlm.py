@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quickstart as masked LM: a RoBERTa of the same size on the same text.
+"""The quickstart as masked LM: a RoBERTa on the same text.
+
+Only 15 % of the tokens are to be predicted, so it learns more slowly: a smaller
+vocabulary and more steps make up for some of that.
 
 Command   lm-scale train configs/quickstart_mlm.py
-Hardware  any; a CPU is simulated as 8 devices
+Hardware  any; a CPU is simulated as 8 devices; about 8 minutes on 2 cores
+Expected  held-out loss about 5.9, that of a unigram model 6.3
 """
 
 import dataclasses
@@ -17,7 +21,7 @@ config = dataclasses.replace(
     causal,
     run_dir="runs/quickstart_mlm",
     model=RobertaConfig(
-        vocab=8192,
+        vocab=2048,
         positions=128,
         layers=4,
         embed=256,
@@ -28,7 +32,10 @@ config = dataclasses.replace(
     ),
     objective=MaskedLM(),
     data=dataclasses.replace(
-        causal.data, tokenizer=TokenizerConfig(kind="roberta", vocab_size=8192)
+        causal.data, tokenizer=TokenizerConfig(kind="roberta", vocab_size=2048)
     ),
+    steps=900,
+    eval_every=300,
+    save_every=300,
     sample_prompt="Return the <mask> of the object.",
 )
