@@ -42,6 +42,7 @@ setup(
     extras_require={
         "test": ["pytest>=9", "beartype>=0.20"],
         "tpu": ["jax[tpu]>=0.10.2"],
+        "wandb": ["wandb>=0.20"],
         "gpu": ["jax[cuda13]>=0.10.2"],
         "dev": ["ruff>=0.17,<0.18", "pyright>=1.1.400", "pre-commit>=4"],
     },

@@ -13,13 +13,13 @@ os.environ["NPROC"] = str(max(16, int(os.environ.get("NPROC", os.cpu_count() or 
 # transformers says at each import that there is no torch: it needs none here.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
+import signal
 import sys
-from dataclasses import dataclass
+import threading
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import tyro
-from tyro.conf import Positional, arg
 
 from lm_scale import __version__
 from lm_scale.errors import InputError
@@ -29,8 +29,12 @@ lm-scale {__version__}: pre-train language models from text
 
 usage: lm-scale COMMAND ...
 
+  mlm --output_dir ... [--flag ...]     train by the flags of run_mlm_flax.py
+  clm --output_dir ... [--flag ...]     train by the flags of run_clm_flax.py
   train CONFIG [--field value ...]      train, or go on with, the run of a config file
+  tokenizer --out FOLDER --corpus.source TEXT ...   train a tokenizer
   tokenizer CONFIG [--field value ...]  make the run's tokenizer
+  config NAME --out FOLDER [key=value ...]          write a model's config.json
   prepare CONFIG [--field value ...]    make the run's tokenizer and token stores
   eval RUN_DIR                          loss on the held-out split
   generate RUN_DIR [--prompt ...]       continue a text, or fill in its masks
@@ -41,8 +45,34 @@ Try: lm-scale train configs/quickstart.py
 """
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit status."""
+OUT_OF_MEMORY = """\
+the devices' memory is too small for this run. Make its steps smaller (fewer sequences
+for each device, more accumulation), recompute more (gradient checkpointing, remat),
+compute in bfloat16, or shard the weights (fsdp in the mesh)."""
+
+
+def hear_interrupts() -> None:
+    """Lets Ctrl-C through that comes while a library's callback runs.
+
+    Python only reports an exception there; the signal would be lost.
+    """
+
+    def hook(unraisable: Any) -> None:
+        if isinstance(unraisable.exc_value, KeyboardInterrupt):
+            # From a thread and a moment later: at once, it would end this hook only.
+            again = (os.getpid(), signal.SIGINT)
+            threading.Timer(0.05, os.kill, again).start()
+        else:
+            sys.__unraisablehook__(unraisable)
+
+    sys.unraisablehook = hook
+
+
+def main(argv: list[str] | None = None, *, script: str | None = None) -> int:
+    """Runs one command; returns the exit status.
+
+    script: path of the script in `launch/` that stands for the command.
+    """
     argv = sys.argv[1:] if argv is None else argv
     command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
     if command in ("-h", "--help", "help"):
@@ -51,20 +81,31 @@ def main(argv: list[str] | None = None) -> int:
     if command == "--version":
         print(__version__)
         return 0
-    if command not in COMMANDS:
+    if command not in ("mlm", "clm", *COMMANDS):
         print(f"lm-scale: unknown command {command!r}.\n\n{USAGE}", file=sys.stderr)
         return 2
+    name = f"lm-scale {command}" if script is None else Path(script).name
+    hear_interrupts()
     try:
+        if command in ("mlm", "clm"):
+            from lm_scale.scripts.main import main
+
+            return main(command, rest, script=script)
         return COMMANDS[command](rest)
     except InputError as error:
-        print(f"lm-scale {command}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a missing permission: the name is in it
-        print(f"lm-scale {command}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"lm-scale {command}: interrupted.", file=sys.stderr)
+        print(f"{name}: interrupted.", file=sys.stderr)
         return 130
+    except RuntimeError as error:  # jax's errors are of this kind
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"{name}: {OUT_OF_MEMORY}\n{error}", file=sys.stderr)
+        return 1
 
 
 # --- Commands that take a config file -------------------------------------------------
@@ -110,6 +151,10 @@ def train(argv: list[str]) -> int:
 
 def tokenizer(argv: list[str]) -> int:
     about = "Trains (or fetches) the tokenizer of a config file's run."
+    if argv and argv[0] == "--help":
+        print("usage: lm-scale tokenizer CONFIG [--field value ...]: the run's; or:\n")
+    if argv and argv[0].startswith("--"):
+        return tokenizer_of_corpus(argv)
     config = config_from("tokenizer", about, argv)
     if config is None:
         return 0
@@ -135,39 +180,7 @@ def prepare(argv: list[str]) -> int:
     return 0
 
 
-# --- Commands that take a run directory ---------------------------------------------
-
-
-RunDir = Annotated[Positional[str], arg(metavar="RUN_DIR")]
-
-
-@dataclass(frozen=True)
-class Eval:
-    """Evaluates the newest checkpoint of a run on its held-out split."""
-
-    run_dir: RunDir  # folder of a run that has a checkpoint
-
-
-@dataclass(frozen=True)
-class Generate:
-    """Continues a text (causal LM), or fills in its masks (masked LM)."""
-
-    run_dir: RunDir  # folder of a run that has a checkpoint
-    prompt: str = "The"  # may hold <mask> for a masked LM
-    max_new_tokens: int = 100  # tokens to add; fewer where the model's positions end
-    temperature: float = 0.8  # 0: always the likeliest token
-    top_k: int = 0  # draw from so many likeliest tokens only; 0: from all
-    top_p: float = 0.95  # draw from the fewest tokens that hold this probability
-    samples: int = 1  # texts
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Export:
-    """Writes the newest checkpoint of a run as a Hugging Face model."""
-
-    run_dir: RunDir  # folder of a run that has a checkpoint
-    out: str | None = None  # folder; default: RUN_DIR/hf
+# --- Commands with options of their own ----------------------------------------------
 
 
 def arguments(kind: type, argv: list[str]):
@@ -175,17 +188,51 @@ def arguments(kind: type, argv: list[str]):
     return tyro.cli(kind, args=argv, prog=f"lm-scale {kind.__name__.lower()}")
 
 
+def tokenizer_of_corpus(argv: list[str]) -> int:
+    from lm_scale.commands import Tokenizer
+
+    options = arguments(Tokenizer, argv)
+    from lm_scale.data.recipe import make_tokenizer
+    from lm_scale.data.tokenizer import TokenizerConfig
+
+    make_tokenizer(
+        options.out, options.corpus,
+        TokenizerConfig(
+            vocab_size=options.vocab_size, min_frequency=options.min_frequency,
+            kind=options.kind,
+        ),
+        max_length=options.max_length, overwrite=options.overwrite,
+    )  # fmt: skip
+    return 0
+
+
+def config_(argv: list[str]) -> int:
+    from lm_scale.commands import Config
+
+    options = arguments(Config, argv)
+    from lm_scale.shapes import write_config
+
+    print(
+        write_config(
+            options.name, options.overrides, options.out, overwrite=options.overwrite
+        )
+    )
+    return 0
+
+
 def eval_(argv: list[str]) -> int:
+    from lm_scale.commands import Eval
+
     options = arguments(Eval, argv)
     import jax
 
     from lm_scale.evaluate import evaluate
-    from lm_scale.runs import open_batches, open_run
+    from lm_scale.runs import open_eval, open_run
     from lm_scale.step import make_eval_step
 
     run = open_run(options.run_dir)
     with jax.set_mesh(run.mesh):
-        _, held_out = open_batches(run.config, run.tokenizer, run.mesh)
+        held_out = open_eval(run.config, run.tokenizer, run.mesh)
         step = make_eval_step(run.model)
         rules = run.config.compute.rules
         results = evaluate(step, run.params, held_out, run.mesh, rules)
@@ -195,6 +242,8 @@ def eval_(argv: list[str]) -> int:
 
 
 def generate_(argv: list[str]) -> int:
+    from lm_scale.commands import Generate
+
     options = arguments(Generate, argv)
     import jax
 
@@ -217,14 +266,14 @@ def generate_(argv: list[str]) -> int:
 
 
 def export(argv: list[str]) -> int:
+    from lm_scale.commands import Export
+
     options = arguments(Export, argv)
     from lm_scale import hf
     from lm_scale.runs import open_run
 
-    out = options.out
-    if out is None:
-        out = str(Path(options.run_dir) / "hf")
-    elif not out or Path(out).is_file():
+    out = options.run_dir if options.out is None else options.out
+    if not out or Path(out).is_file():
         raise InputError(f"--out {out!r} is no folder to write to.")
     run = open_run(options.run_dir)
     hf.export(run.config.model, run.params, run.tokenizer, out)
@@ -235,6 +284,7 @@ def export(argv: list[str]) -> int:
 COMMANDS = {
     "train": train,
     "tokenizer": tokenizer,
+    "config": config_,
     "prepare": prepare,
     "eval": eval_,
     "generate": generate_,

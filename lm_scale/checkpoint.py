@@ -79,12 +79,14 @@ class Checkpoints:
         """Until all that was saved is on disk; raises if it could not be written."""
         self.manager.wait_until_finished()
 
-    def restore(self, target: TrainState) -> TrainState:
-        """The newest state. `target` is abstract and says where each shard goes.
+    def restore(self, target: TrainState, step: int | None = None) -> TrainState:
+        """The state of a step (None: the newest).
 
+        `target` is abstract and says where each shard goes.
         Raises InputError if it was trained on other tokens than `tokens` says.
         """
         restored = self._restore(
+            step,
             params=ocp.args.StandardRestore(target.params),
             opt_state=ocp.args.StandardRestore(target.opt_state),
             meta=ocp.args.JsonRestore(),
@@ -95,17 +97,22 @@ class Checkpoints:
                 f"The checkpoints in {self.directory} were trained on other tokens "
                 f"({'; '.join(found)}). Restore the token store that they belong to."
             )
-        step = jax.device_put(restored["meta"]["step"], target.step.sharding)
-        step = step.astype(target.step.dtype)
-        return TrainState(step, restored["params"], restored["opt_state"])
+        number = jax.device_put(restored["meta"]["step"], target.step.sharding)
+        number = number.astype(target.step.dtype)
+        return TrainState(number, restored["params"], restored["opt_state"])
 
     def restore_params(self, target: Params) -> Params:
         """The newest parameters alone."""
-        return self._restore(params=ocp.args.StandardRestore(target))["params"]
+        return self._restore(None, params=ocp.args.StandardRestore(target))["params"]
 
-    def _restore(self, **items: Any) -> Any:
-        """These items of the newest checkpoint; InputError if it is damaged."""
-        step = self.newest()
+    def _restore(self, step: int | None, **items: Any) -> Any:
+        """These items of a checkpoint; InputError if it is missing or damaged."""
+        step = self.newest() if step is None else step
+        if step not in self.manager.all_steps():
+            raise InputError(
+                f"There is no checkpoint of step {step} in {self.directory}; "
+                f"there are {', '.join(map(str, self.manager.all_steps()))}."
+            )
         try:
             return self.manager.restore(step, args=ocp.args.Composite(**items))
         except (KeyError, ValueError, OSError) as error:

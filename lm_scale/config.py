@@ -2,43 +2,47 @@
 """A run is a `RunConfig`: the parts' configs put together, checked before any work.
 
 A config is a Python file with a variable `config`; `--dotted.override value` on the
-command line changes single fields. The resolved config is kept as JSON in the run
-directory, where a later process finds it and checks that it goes on with the same run.
+command line changes single fields.
 """
 
 import dataclasses
-import json
 import math
 import re
 import runpy
 import sys
-import tempfile
 import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jax.sharding import Mesh
 
-from lm_scale.checkpoint import has_checkpoints
 from lm_scale.data.corpus import CorpusConfig
 from lm_scale.data.tokenizer import TokenizerConfig
-from lm_scale.errors import InputError, differences, flatten
+from lm_scale.errors import InputError
 from lm_scale.models import Compute, GPT2Config, ModelConfig, family_of
 from lm_scale.objectives import CausalLM, MaskedLM, Objective
-from lm_scale.optim import AdamW, Schedule, make_schedule
+from lm_scale.optim import AdamW, Optimizer, Schedule
 from lm_scale.sharding import MeshShape, shards
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Text, tokenizer, and where the prepared tokens lie."""
+    """Text, tokenizer, examples, and where the prepared tokens lie."""
 
     corpus: CorpusConfig = CorpusConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     separator: bool = True  # an end-of-text token after each document
+    # An example is a block of seq_len tokens, cut from all documents one after the
+    # other, or a single document, cut to seq_len and padded.
+    examples: Literal["blocks", "documents"] = "blocks"
+    pad_to_seq_len: bool = False  # documents; False: to the longest of their batch
+    max_train_examples: int | None = None  # use so many, from the first on
+    max_eval_examples: int | None = None
     store: str | None = None  # folder of tokenizer and tokens; None: <run_dir>/data
+    cache_dir: str | None = None  # of what Hugging Face downloads; None: its own choice
+    workers: int | None = None  # processes that read, threads that tokenize; None: auto
 
 
 @dataclass(frozen=True)
@@ -49,31 +53,42 @@ class RunConfig:
     model: ModelConfig = GPT2Config()
     objective: Objective = CausalLM()
     data: DataConfig = DataConfig()
-    optimizer: AdamW = AdamW()
+    optimizer: Optimizer = AdamW()
     schedule: Schedule = Schedule()
     seq_len: int = 512  # tokens of a sequence
     batch: int = 64  # sequences of a step, all devices and processes together
+    eval_batch: int | None = None  # of an evaluation step; None: one part of `batch`
     accumulate: int = 1  # equal parts of a batch, worked through one after the other
     steps: int | None = None  # optimizer steps; None: as many as `epochs` make
     epochs: float | None = None  # passes over the training split
     seed: int = 42  # of the first weights, the order of the data, masking and dropout
-    init_from: str | None = None  # Hugging Face folder to take the first weights from
+    init_from: str | None = None  # Hugging Face folder or hub name: the first weights
+    resume_from: str | None = None  # run to go on from, if run_dir holds none yet
     mesh: MeshShape = MeshShape()
     compute: Compute = Compute()
     simulated_devices: int = 0  # CPU devices to simulate if there is no accelerator
     log_every: int = 10  # steps between lines in the logs
+    log_first: bool = False  # a line for the first step too
+    # Who gets the metrics, besides metrics.jsonl.
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     eval_every: int | None = None  # steps between evaluations; None: at the end only
+    eval_at_end: bool = True
     save_every: int | None = 1000  # steps between checkpoints; None: at the end only
-    keep: int = 2  # newest checkpoints that stay on disk
+    keep: int | None = 2  # newest checkpoints that stay on disk; None: all
+    hub: str | None = None  # hub repository that each checkpoint's model is uploaded to
     stop_at: int | None = None  # stop and save after this step; without it, go on
     sample_prompt: str | None = None  # continued, or its masks filled in, at the end
 
     def check(self) -> None:
         """InputError for what cannot work on any devices, before any long work."""
-        counts = ("seq_len", "batch", "accumulate", "log_every", "keep")
-        optional = ("steps", "epochs", "eval_every", "save_every", "stop_at")
-        for name in (*counts, *optional):
-            value = getattr(self, name)
+        counts = ("seq_len", "batch", "eval_batch", "accumulate", "log_every", "keep")
+        times = ("steps", "epochs", "eval_every", "save_every", "stop_at")
+        of_data = ("max_train_examples", "max_eval_examples", "workers")
+        for part, name in [
+            *[(self, name) for name in counts + times],
+            *[(self.data, name) for name in of_data],
+        ]:
+            value = getattr(part, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"{name} = {value}: expected a number above 0.")
         for name, limit in (("seed", 2**63), ("simulated_devices", 1025)):
@@ -90,13 +105,13 @@ class RunConfig:
                 f"`steps` = {self.steps} and `epochs` = {self.epochs}: give one. "
                 f"`--steps None` or `--epochs None` unsets the other."
             )
-        if self.steps is not None:
-            make_schedule(self.schedule, self.steps)
         if self.seq_len > self.model.positions:
             raise InputError(
                 f"seq_len = {self.seq_len} is longer than the model's position table "
                 f"(model.positions = {self.model.positions}). Change one of them."
             )
+        if self.seq_len == 1 and isinstance(self.objective, CausalLM):
+            raise InputError("seq_len = 1: a single token has no next one; give more.")
         causal = family_of(self.model).causal
         if causal != isinstance(self.objective, CausalLM):
             wanted = CausalLM if causal else MaskedLM
@@ -145,6 +160,11 @@ class RunConfig:
         if self.steps is not None:
             return self.steps
         return math.ceil((self.epochs or 0.0) * examples / self.batch)
+
+    @property
+    def evaluates(self) -> bool:
+        """If held-out text is needed."""
+        return self.eval_at_end or self.eval_every is not None
 
     @property
     def store_dir(self) -> str:
@@ -222,111 +242,3 @@ def _line_of(error: BaseException, path: str) -> str:
             line = f", line {frame.tb_lineno},"
         frame = frame.tb_next
     return line
-
-
-# --- As JSON in the run directory ----------------------------------------------------
-
-# What may change when a run goes on: nothing that alters the result beyond rounding.
-# (The tokens in `data.store` are compared by the checkpoint.)
-FREE = (
-    "run_dir", "mesh", "simulated_devices", "compute.remat", "compute.loss_chunk",
-    "compute.rules", "log_every", "eval_every", "save_every", "keep", "stop_at",
-    "sample_prompt", "data.store",
-)  # fmt: skip
-
-
-def to_dict(config: Any) -> Any:
-    """A config as JSON values; each dataclass carries its name as `type`."""
-    if dataclasses.is_dataclass(config):
-        fields = dataclasses.fields(config)
-        values = {field.name: to_dict(getattr(config, field.name)) for field in fields}
-        return {"type": type(config).__name__, **values}
-    if isinstance(config, tuple):
-        return [to_dict(item) for item in config]
-    return config
-
-
-def from_dict(kind: Any, value: Any) -> Any:
-    """The opposite of `to_dict`, for a field of this type."""
-    if isinstance(kind, types.UnionType) and isinstance(value, dict):
-        kinds = {k.__name__: k for k in typing.get_args(kind) if k is not type(None)}
-        kind = kinds[value["type"]]
-    if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        names = [field.name for field in dataclasses.fields(kind)]
-        make: Any = kind
-        return make(
-            **{
-                name: from_dict(hints[name], value[name])
-                for name in names
-                if name in value
-            }
-        )
-    return tuple(value) if isinstance(value, list) else value
-
-
-def read_run(run_dir: str | Path) -> RunConfig:
-    """The config of the run in a directory; InputError if there is none."""
-    path = Path(run_dir) / "config.json"
-    try:
-        stored = json.loads(path.read_text())
-        return dataclasses.replace(from_dict(RunConfig, stored), run_dir=str(run_dir))
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(
-            f"{run_dir} holds no run of lm_scale: there is no {path}."
-        ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{path} is not a config of this version of lm_scale ({error!r})."
-        ) from error
-
-
-def check_run_dir(config: RunConfig) -> None:
-    """InputError if it cannot be written, or holds a run with another config.
-
-    The message names each field that differs. Fields in FREE may.
-    """
-    folder = Path(config.run_dir)
-    parts = [folder / name for name in ("checkpoints", "tensorboard", "hf")]
-    for path in (folder, Path(config.store_dir), *parts):
-        if path in parts and not path.exists():
-            continue  # they are made when they are needed
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=path):
-                pass
-        except OSError as error:
-            raise InputError(f"Cannot write to {path}: {error}.") from error
-    if not has_checkpoints(folder):
-        return  # there is nothing to go on with, and so nothing to mix up
-    if not (folder / "config.json").exists():
-        raise InputError(
-            f"{folder} has checkpoints but no config.json, so nobody can tell whether "
-            f"they belong to this config. Put it back, or give another `run_dir`."
-        )
-    found = differences(_fixed(read_run(folder)), _fixed(config))
-    if found:
-        listed = "\n".join(f"  {line}" for line in found)
-        raise InputError(
-            f"{folder} holds a run with a different config:\n{listed}\n"
-            f"Give another `run_dir`, or the same values to go on with that run."
-        )
-
-
-def _fixed(config: RunConfig) -> dict[str, Any]:
-    """The fields, by dotted name, that may not change when a run goes on."""
-    fields = flatten(to_dict(config))
-    return {
-        name: value
-        for name, value in fields.items()
-        if not any(name == free or name.startswith(f"{free}.") for free in FREE)
-    }
-
-
-def write_config(config: RunConfig) -> None:
-    """Keeps the config in the run directory."""
-    folder = Path(config.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    new = folder / "config.json.new"
-    new.write_text(json.dumps(to_dict(config), indent=2) + "\n")
-    new.replace(folder / "config.json")

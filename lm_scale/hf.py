@@ -6,35 +6,82 @@ the weights pass through safetensors by the families' name tables.
 """
 
 import json
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lm_scale.errors import InputError
-from lm_scale.models import FAMILIES, Model, ModelConfig, family_of
+from lm_scale.models import FAMILIES, HF_TYPES, Model, ModelConfig, family_of
 from lm_scale.models.layers import HFWeight
 from lm_scale.sharding import Params, declarations, flatten, unflatten
+from lm_scale.weight_files import FLAX, NO_PICKLES, SAFETENSORS, files_of, read_tensors
 
 Tensors = Mapping[str, np.ndarray]
+
+# What is fetched from a hub repository, by glob: no code, and no pickles (*.bin).
+_SETTINGS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+_SAFETENSORS_FILES = (
+    SAFETENSORS,
+    f"{SAFETENSORS}.index.json",
+    "model-*-of-*.safetensors",
+)
+_FLAX_FILES = (
+    FLAX,
+    f"{FLAX}.index.json",
+    "flax_model-*-of-*.msgpack",
+)
 
 
 def export(config: ModelConfig, params: Params, tokenizer, folder: Path | str) -> None:
     """Writes a folder that `transformers.AutoModelFor...` and `AutoTokenizer` load.
 
-    Weights are float32. Gathers the model on each host; process 0 writes.
+    Weights are float32. Gathers the model on each host; process 0 writes. A file gets
+    its name when it is whole, and the weights get theirs last.
     """
-    from transformers import AutoConfig
-
     gathered = multihost_utils.process_allgather(params, tiled=True)
     if jax.process_index() != 0:
         return
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    draft = folder / ".export"
+    shutil.rmtree(draft, ignore_errors=True)  # of an export that was killed
+    draft.mkdir(parents=True)
+    try:
+        _write_settings(config, tokenizer, draft)
+        save_file(
+            to_hf(config, gathered), draft / SAFETENSORS, metadata={"format": "pt"}
+        )
+        # safetensors lets nobody but the owner read; this is a file as the others.
+        shutil.copymode(draft / "config.json", draft / SAFETENSORS)
+        files = (path for path in draft.rglob("*") if path.is_file())
+        for path in sorted(files, key=lambda path: path.name == SAFETENSORS):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())  # or a power cut may leave the new name empty
+            target = folder / path.relative_to(draft)
+            target.parent.mkdir(exist_ok=True)
+            os.replace(path, target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _write_settings(config: ModelConfig, tokenizer, folder: Path) -> None:
+    """config.json, generation_config.json of a causal model, and the tokenizer."""
+    from transformers import AutoConfig, GenerationConfig
+
     ids = {
         name: getattr(tokenizer, name)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -42,10 +89,69 @@ def export(config: ModelConfig, params: Params, tokenizer, folder: Path | str) -
     }
     settings = {**ids, **config.to_hf(), "dtype": "float32"}
     AutoConfig.for_model(**settings).save_pretrained(folder)
+    if family_of(config).causal:
+        # A text-generation pipeline adds 256 tokens if nothing bounds it, which would
+        # run over a short position table; a longer one needs no bound, and transformers
+        # would remark on it whenever `max_new_tokens` is given as well.
+        bound = {"max_length": config.positions} if config.positions < 512 else {}
+        GenerationConfig(**ids, **bound).save_pretrained(folder)
     tokenizer.model_max_length = config.positions
     tokenizer.save_pretrained(folder)
-    tensors = to_hf(config, gathered)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def fetch(name: str, *, weights: bool = True, cache_dir: str | None = None) -> Path:
+    """The folder of a model: a local one as it is, or a hub repository's, downloaded.
+
+    Fetches config, tokenizer and, unless `weights` is False, safetensors, or else Flax
+    weights. A repository that was fetched before needs no network. cache_dir: where
+    downloads are kept; None: Hugging Face's own cache.
+
+    Raises InputError: no such folder or repository, no network, or no such weights.
+    """
+    local = Path(name).expanduser()
+    if name and local.is_dir():
+        return local
+    if local.exists() or name.startswith((".", "/", "~")):
+        raise InputError(
+            f"{name!r} is not a folder: give a folder with a config.json, or the name "
+            "of a Hugging Face hub repository."
+        )
+    folder = _download(name, _SETTINGS + _SAFETENSORS_FILES * weights, cache_dir)
+    if weights and not files_of(folder, SAFETENSORS):
+        folder = _download(name, _SETTINGS + _FLAX_FILES, cache_dir)
+        if not files_of(folder, FLAX):
+            raise InputError(
+                f"The hub repository {name} has neither {SAFETENSORS} nor {FLAX}; "
+                f"{NO_PICKLES}."
+            )
+    return folder
+
+
+def _download(name: str, patterns: tuple[str, ...], cache_dir: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    try:
+        found = snapshot_download(
+            name, allow_patterns=list(patterns), cache_dir=cache_dir
+        )
+    except HFValidationError as error:
+        raise InputError(
+            f"{name!r} is neither a folder nor a possible name of a Hugging Face hub "
+            "repository: expected OWNER/MODEL."
+        ) from error
+    except RepositoryNotFoundError as error:  # gated ones as well
+        raise InputError(
+            f"The Hugging Face hub has no repository {name!r} that you may read: check "
+            "the name, or log in (`hf auth login`) if it is private or gated."
+        ) from error
+    except Exception as error:  # of the network, the disk and three HTTP libraries
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(
+            f"{name!r} is no local folder and cannot be fetched from the Hugging Face "
+            f"hub: give a folder, or connect to the network ({reason:.200})."
+        ) from error
+    return Path(found)
 
 
 def read_config(folder: Path | str) -> ModelConfig:
@@ -60,48 +166,34 @@ def read_config(folder: Path | str) -> ModelConfig:
             f"{path} is not a readable Hugging Face config: {error}"
         ) from error
     for family in FAMILIES:
-        if family.hf_type == content.get("model_type"):
+        if content.get("model_type") in family.hf_types:
             return family.config.from_hf(_with_defaults(content))
     raise InputError(
         f"{path}: model_type {content.get('model_type')!r} is not supported. There "
-        f"are: {', '.join(family.hf_type for family in FAMILIES)}."
+        f"are: {', '.join(HF_TYPES)}."
     )
 
 
 def _with_defaults(content: dict) -> dict:
     """A config.json may leave out what equals transformers' default."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     arguments = {name: x for name, x in content.items() if name != "model_type"}
-    return AutoConfig.for_model(content["model_type"], **arguments).to_dict()
+    try:
+        return AutoConfig.for_model(content["model_type"], **arguments).to_dict()
+    except StrictDataclassError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"The config.json is not valid: {reason:.300}") from error
 
 
 def read_params(folder: Path | str, model: Model) -> Params:
-    """The parameters (float32 numpy) of a folder with `model.safetensors`.
+    """The parameters (float32 numpy) of a folder with safetensors or Flax weights.
 
-    Sharded checkpoints (`model.safetensors.index.json`) are read as well. Raises
-    InputError naming a missing tensor, or one of another shape.
+    Raises InputError as `read_tensors` does, and naming a tensor that is missing or has
+    another shape.
     """
-    folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{index} is not a readable index of safetensors files: {error!r}"
-            ) from error
-        files = sorted(set(weight_map.values()))
-    else:
-        files = ["model.safetensors"]
-    tensors: dict[str, np.ndarray] = {}
-    for name in files:
-        try:
-            with safe_open(folder / name, framework="numpy") as file:
-                tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"Cannot read {folder / name}: {error}") from error
-    return from_hf(model, tensors)
+    return from_hf(model, read_tensors(Path(folder)))
 
 
 def to_hf(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
@@ -158,7 +250,10 @@ def _block_from_hf(
         # Saved without its head, as `openai-community/gpt2`: no `transformer.`.
         tensor = tensors.get(name, tensors.get(name.partition(".")[2]))
         if tensor is None:
-            raise InputError(f"The Hugging Face checkpoint has no tensor {name!r}.")
+            raise InputError(
+                f"The Hugging Face checkpoint has no tensor {name!r}. Does the config "
+                "belong to these weights, and were they saved with the model's head?"
+            )
         tensor = np.asarray(tensor, np.float32)
         expected = entry.matrix_shape(part_shape)
         expected = expected[::-1] if entry.transpose else expected

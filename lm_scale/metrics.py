@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run tells a person (progress) and a machine (metrics.jsonl, TensorBoard)."""
+"""What a run tells a person (progress) and programs (JSON, TensorBoard, wandb)."""
 
 import contextlib
 import json
@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -16,58 +16,53 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-# Dense bf16 FLOP/s by `device_kind`; for TPUs of one TensorCore, because a JAX device
-# is one core (v2, v3, 7x) or a whole chip of two (v5p; v4 by default: "megacore").
-# TPUs: cloud.google.com/tpu/docs/<generation>, "Peak compute per chip" (bf16).
-TPU_CORE_PEAK = {
-    "TPU v2": 45e12 / 2,  # 45 a chip of two cores
-    "TPU v3": 123e12 / 2,  # 123 a chip of two cores
-    "TPU v4": 275e12 / 2,  # 275 a chip of two cores
-    "TPU v5 lite": 197e12,  # v5e, one core
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12 / 2,  # v5p, 459 a chip of two cores
-    "TPU v5p": 459e12 / 2,
-    "TPU v6 lite": 918e12,  # v6e, one core
-    "TPU v6e": 918e12,
-    "TPU7x": 2307e12 / 2,  # 2307 a chip of two cores
-}
-# GPUs: NVIDIA's data sheets; from the H100 on they state twice this, "with sparsity".
-GPU_PEAK = {
-    "NVIDIA A100-PCIE-40GB": 312e12,  # A100 data sheet
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 PCIe": 1513e12 / 2,  # H100 data sheet
-    "NVIDIA H100 NVL": 1671e12 / 2,
-    "NVIDIA H100 80GB HBM3": 1979e12 / 2,  # the SXM5 board
-    "NVIDIA H200": 1979e12 / 2,  # H200 data sheet
-    "NVIDIA L4": 242e12 / 2,  # L4 data sheet
-    "NVIDIA L40S": 733e12 / 2,  # L40S data sheet
-}
+from lm_scale.errors import InputError
+from lm_scale.peaks import peak_flops
+from lm_scale.wandb_run import WandbRun
+
+REPORTERS = ("tensorboard", "wandb")
 
 
-def peak_flops(device: Any) -> float | None:
-    """The bf16 peak of one JAX device in FLOP/s; None if its kind is not known."""
-    kind = device.device_kind
-    if kind in TPU_CORE_PEAK:
-        return TPU_CORE_PEAK[kind] * getattr(device, "num_cores", 1)
-    return GPU_PEAK.get(kind)
+def check_reporters(report_to: Sequence[str]) -> None:
+    """InputError if one of the names is not known, or needs what is not installed."""
+    for name in report_to:
+        if name not in REPORTERS:
+            raise InputError(
+                f"report_to names {name!r}: expected a tuple of "
+                f"{' and '.join(map(repr, REPORTERS))}, or of one, or empty."
+            )
+    if "wandb" in report_to:
+        try:
+            import wandb  # pyright: ignore[reportMissingImports]
+
+            _ = wandb.init  # a mere folder of that name can be imported too
+        except Exception as error:  # its dependencies raise other things as well
+            raise InputError(
+                f"report_to names wandb, which cannot be imported ({error}): "
+                f"pip install wandb, or leave it out of report_to."
+            ) from error
 
 
 class MetricsLogger:
     """Writes a run's metrics and shows its progress; enter it around the loop.
 
     `run_dir/metrics.jsonl` holds one JSON object a line: `step` (optimizer steps done),
-    `time` (Unix, s), `kind` ("train" or "eval") and the metrics; what is not finite is
-    null. Train lines add, measured since the line before:
+    `unix_time` (s), `kind` ("train" or "eval") and the metrics; what is not finite is
+    null. Train lines add:
+
+    - `time`: seconds in train steps from the start of the run, compilation included,
+      pauses left out; a resumed run goes on from the last line that is kept
+    - `tokens_seen`: step * tokens_per_step, from the start of the run
+    - `first_step_s`, once: what the process's first step took, its compilation included
+
+    and, measured since the line before:
 
     - `step_time_s`: mean seconds a step, pauses and the first step left out
     - `tokens_per_s`: tokens_per_step / step_time_s, of all devices together
     - `mfu`: flops_per_step / (step_time_s * devices * peak of a device), if known
-    - `tokens_seen`: step * tokens_per_step, from the start of the run
-    - `first_step_s`, once: what the process's first step took, its compilation included
 
-    `run_dir/tensorboard` holds the same as scalars `train_<name>` and `eval_<name>`.
+    wandb gets the same as `train_<name>` and `eval_<name>`, and so do TensorBoard's
+    files, in `run_dir` itself, with the metrics that `log_step` is given at each step.
     Entering drops what an earlier process logged after `start_step`: work that was lost
     when it ended after its last checkpoint, and about to be done again.
 
@@ -76,6 +71,8 @@ class MetricsLogger:
         tokens_per_step: of the whole batch, on all hosts.
         flops_per_step: the model's, forward and backward, without rematerialization.
         devices: all the devices that share a step, on all hosts.
+        report_to: "tensorboard", "wandb", both or none; see `check_reporters`.
+        config: what wandb shows as the run's settings.
         enabled: False makes every method do nothing: on all processes but one.
     """
 
@@ -88,12 +85,16 @@ class MetricsLogger:
         tokens_per_step: int,
         flops_per_step: float | None,
         devices: Sequence[Any],
+        report_to: Sequence[str] = ("tensorboard",),
+        config: Mapping[str, Any] | None = None,
         enabled: bool = True,
     ):
         self.run_dir = Path(run_dir)
         self.start_step = start_step
         self.total_steps = total_steps
         self.tokens_per_step = tokens_per_step
+        self.report_to = report_to
+        self.config = config
         self.enabled = enabled
         peaks = [peak_flops(device) for device in devices]
         self.flops_share = None  # of all devices' peak, that one step a second takes
@@ -102,31 +103,41 @@ class MetricsLogger:
         self.progress: Progress | None = None  # none: plain lines
 
     def __enter__(self) -> "MetricsLogger":
+        self.train_time = 0.0  # s, up to window_start
         self.window_steps = 0  # since the last written line
         self.first_step_s: float | None = None  # not None: to be in the next line
         self.first_done: tuple[int, float] | None = None  # the first step, its time
+        self.eval_steps: set[int] = set()  # of which metrics.jsonl has an eval line
         if self.enabled:
             self._open()
         self.window_start = perf_counter()  # pauses are added to it, and so left out
         return self
 
     def _open(self) -> None:
-        # tensorboardX takes a moment to import, which `lm-scale --help` need not wait.
-        from tensorboardX import SummaryWriter
-
-        # It logs a warning for each NaN, which is a value like any other here.
-        logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         path = self.run_dir / "metrics.jsonl"
-        drop_lines_after(path, self.start_step)
+        for line in drop_lines_after(path, self.start_step):
+            self.train_time = line.get("time", self.train_time)
+            if line.get("kind") == "eval":
+                self.eval_steps.add(line["step"])
         self.jsonl = path.open("a", encoding="utf-8")
-        self.tensorboard = SummaryWriter(
-            str(self.run_dir / "tensorboard"),
-            purge_step=self.start_step + 1,  # hides the lost work's points
-            flush_secs=10,
-            # File names hold whole seconds: a quick resume must not truncate the last.
-            filename_suffix=f".from{self.start_step}",
-        )
+        self.tensorboard = self.wandb = None
+        if "tensorboard" in self.report_to:
+            # It takes a moment to import, which `lm-scale --help` need not wait.
+            from tensorboardX import SummaryWriter
+
+            # It logs a warning for each NaN, which is a value like any other here.
+            logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
+            self.tensorboard = SummaryWriter(
+                str(self.run_dir),
+                purge_step=self.start_step + 1,  # hides the lost work's points
+                flush_secs=10,
+                # File names hold whole seconds: a quick resume must not truncate one.
+                filename_suffix=f".from{self.start_step}",
+            )
+        if "wandb" in self.report_to:
+            resumed = self.start_step > 0
+            self.wandb = WandbRun(self.run_dir, self.config, resumed, self.print)
         console = Console(file=sys.stdout)
         # isatty too: FORCE_COLOR, set on many CI machines, makes rich think it is one.
         if sys.stdout.isatty() and console.is_interactive:
@@ -147,16 +158,23 @@ class MetricsLogger:
             if self.progress is not None:
                 self.progress.stop()
             self.jsonl.close()
-            self.tensorboard.close()
+            if self.tensorboard is not None:
+                self.tensorboard.close()
+            if self.wandb is not None:  # last: it may wait for the network
+                self.wandb.finish(failed=exception[0] is not None)
 
     def log_step(self, step: int, metrics: dict[str, float], *, write: bool) -> None:
-        """Notes that a train step is done, so call it for each; `write` logs it too."""
+        """Logs a train step, so call it for each: to TensorBoard and the bar.
+
+        `write` logs it to metrics.jsonl, wandb and the console too, with the speed.
+        """
         if not self.enabled:
             return
         now = perf_counter()
         if self.first_done is None:
             self.first_step_s = now - self.window_start
             self.first_done = (step, now)
+            self.train_time += self.first_step_s
             self.window_start = now
         else:
             self.window_steps += 1
@@ -164,15 +182,22 @@ class MetricsLogger:
         text = self._describe(step, now, {**metrics, **speed})
         if self.progress is not None:
             self.progress.update(self.bar, completed=step, text=text)
+        self._plot(step, "train", metrics)
         if not write:
             return
 
-        seen = {"tokens_seen": step * self.tokens_per_step}
+        self.train_time += now - self.window_start
+        totals = {
+            "time": self.train_time,
+            "tokens_seen": step * self.tokens_per_step,
+        }
         first = {}
         if self.first_step_s is not None:
             first = {"first_step_s": self.first_step_s}
             text += f" | first step {self.first_step_s:.1f} s"
-        self._write(step, "train", {**metrics, **speed, **seen, **first})
+        measured = {**speed, **totals, **first}
+        self._plot(step, "train", measured)
+        self._write(step, "train", {**metrics, **measured})
         if self.progress is None:
             self.print(f"step {step}/{self.total_steps} | {text}")
         self.window_start, self.window_steps, self.first_step_s = now, 0, None
@@ -180,9 +205,15 @@ class MetricsLogger:
     def log_eval(self, step: int, metrics: dict[str, float]) -> None:
         """Logs and prints what an evaluation after `step` train steps gave."""
         if self.enabled:
+            self.eval_steps.add(step)
+            self._plot(step, "eval", metrics)
             self._write(step, "eval", metrics)
             text = " | ".join(f"{name} {number(x)}" for name, x in metrics.items())
             self.print(f"step {step}/{self.total_steps} | eval: {text}")
+
+    def has_eval(self, step: int) -> bool:
+        """If the run, this process or a former one, has logged an evaluation there."""
+        return step in self.eval_steps
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -235,34 +266,44 @@ class MetricsLogger:
             parts.append(f"left {clock((self.total_steps - step) * pace)}")
         return " | ".join(parts)
 
+    def _plot(self, step: int, kind: str, metrics: dict[str, float]) -> None:
+        if self.tensorboard is not None:
+            for name, value in metrics.items():
+                self.tensorboard.add_scalar(f"{kind}_{name}", float(value), step)
+
     def _write(self, step: int, kind: str, metrics: dict[str, float]) -> None:
-        line: dict[str, Any] = {"step": step, "time": time.time(), "kind": kind}
+        line: dict[str, Any] = {"step": step, "unix_time": time.time(), "kind": kind}
+        scalars = {}
         for name, value in metrics.items():
             value = value if isinstance(value, int) else float(value)  # or numpy's
             line[name] = value if math.isfinite(value) else None  # JSON has no NaN
-            self.tensorboard.add_scalar(f"{kind}_{name}", value, step)
+            scalars[f"{kind}_{name}"] = value
         self.jsonl.write(json.dumps(line, allow_nan=False) + "\n")
         self.jsonl.flush()  # a killed run keeps its lines
+        if self.wandb is not None:
+            self.wandb.log(scalars, step)
 
 
-def drop_lines_after(path: Path, step: int) -> None:
+def drop_lines_after(path: Path, step: int) -> list[dict[str, Any]]:
     """Rewrites a metrics file without the lines of later steps and without torn ones.
 
-    Through a temporary file: a crash meanwhile leaves the old one whole.
+    Through a temporary file: a crash meanwhile leaves the old one whole. Returns what
+    the lines that are kept hold.
     """
     if not path.exists():
-        return
-
-    def keep(line: str) -> bool:
+        return []
+    kept = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            return json.loads(line)["step"] <= step
+            line = json.loads(text)
+            if line["step"] <= step:
+                kept.append(line)
         except (ValueError, KeyError, TypeError):
-            return False  # the process died while it wrote this line
-
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            pass  # the process died while it wrote this line
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(line + "\n" for line in lines if keep(line)), "utf-8")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
     os.replace(temporary, path)
+    return kept
 
 
 def number(value: float) -> str:

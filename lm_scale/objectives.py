@@ -25,6 +25,7 @@ class Vocabulary:
     size: int
     special_ids: tuple[int, ...]
     mask_id: int | None
+    pad_id: int | None = None
 
 
 @dataclass(frozen=True)

@@ -46,40 +46,62 @@ def describe(
     weights = sum(math.prod(row.shape) for row in rows)
     sizes = [f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1]
     device = mesh.devices.flat[0]
-    tokens = config.batch * config.seq_len
+    tokens = round(config.batch * batches.source.mean_length)
+    texts = f"sequences of {config.seq_len}"
+    if config.data.examples == "documents":
+        texts = f"documents of {batches.source.mean_length:.1f} on average"
     console.print(
         f"model    {type(config.model).__name__}, {weights:,} weights\n"
         f"devices  {mesh.size} × {device.device_kind}, mesh {' '.join(sizes) or '1'}\n"
-        f"data     {batches.store.num_tokens:,} training tokens, "
-        f"{batches.examples:,} sequences of {config.seq_len}\n"
+        f"data     {batches.source.store.num_tokens:,} training tokens, "
+        f"{batches.examples:,} {texts}\n"
         f"run      {steps:,} steps of {tokens:,} tokens = "
         f"{steps * config.batch / batches.examples:.2f} epochs, in {config.run_dir}",
         highlight=False,
         markup=False,
     )
+    if config.schedule.warmup >= steps:
+        console.print(
+            f"Note: the warm-up of {config.schedule.warmup:,} steps does not end in "
+            f"the run's {steps:,}: the learning rate never reaches its peak.",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def report(
     config: RunConfig, results: dict[str, float], sample: str | None, console: Console
 ) -> None:
-    """Writes eval_results.json and prints the results and where everything is."""
-    run_dir = Path(config.run_dir)
+    """Writes eval_results.json and prints the results and where everything is.
+
+    No results: the run was not evaluated, and no file is written.
+    """
+    run_dir, table = Path(config.run_dir), Table(show_header=False)
+    if results:
+        write_results(results, run_dir / "eval_results.json")
+        table.add_row("held-out loss", f"{results['loss']:.4f} nats a token")
+        table.add_row("perplexity", f"{results['perplexity']:.2f}")
+        table.add_row("accuracy", f"{results['accuracy']:.2%}")
+    if "unigram_loss" in results:
+        unigram = f"{results['unigram_loss']:.4f}, the same tokens"
+        table.add_row("unigram loss", unigram)
+    # As Text: brackets in them are no markup.
+    if sample is not None:
+        table.add_row("sample", Text(sample))
+    if (run_dir / "checkpoints").exists():
+        table.add_row("checkpoint", Text(str(run_dir / "checkpoints")))
+    if any(run_dir.glob("events.out.tfevents.*")):
+        table.add_row("TensorBoard", Text(str(run_dir)))
+    if (run_dir / "model.safetensors").exists():
+        table.add_row("Hugging Face", Text(str(run_dir)))
+    console.print(table)
+
+
+def write_results(results: dict[str, float], path: Path) -> None:
+    """As the old scripts wrote them: eval_loss, eval_perplexity, eval_accuracy ..."""
     named = {
         f"eval_{name}" if name != "unigram_loss" else name: value
         for name, value in results.items()
     }
-    path = run_dir / "eval_results.json"
     named = {name: x if math.isfinite(x) else None for name, x in named.items()}
     path.write_text(json.dumps(named, indent=4, sort_keys=True) + "\n")
-    table = Table(show_header=False)
-    table.add_row("held-out loss", f"{results['loss']:.4f} nats a token")
-    table.add_row("perplexity", f"{results['perplexity']:.2f}")
-    table.add_row("accuracy", f"{results['accuracy']:.2%}")
-    table.add_row("unigram loss", f"{results['unigram_loss']:.4f}, the same tokens")
-    # As Text: brackets in them are no markup.
-    if sample is not None:
-        table.add_row("sample", Text(sample))
-    table.add_row("checkpoint", Text(str(run_dir / "checkpoints")))
-    table.add_row("TensorBoard", Text(str(run_dir / "tensorboard")))
-    table.add_row("Hugging Face", Text(str(run_dir / "hf")))
-    console.print(table)

@@ -2,7 +2,8 @@
 """What stands in a run's folders: its text made into batches, its newest weights."""
 
 import json
-import warnings
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,23 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from lm_scale.checkpoint import Checkpoints, has_checkpoints
-from lm_scale.config import RunConfig, read_run, to_dict
-from lm_scale.data.corpus import documents
+from lm_scale.config import RunConfig
+from lm_scale.data.corpus import Part, documents
+from lm_scale.data.examples import Blocks, Documents, Source
 from lm_scale.data.loader import EvalBatches, TrainBatches
-from lm_scale.data.prepare import prepare
+from lm_scale.data.prepare import Most, prepare
+from lm_scale.data.recipe import train_shown
 from lm_scale.data.store import TokenStore
 from lm_scale.data.tokenizer import (
     load_tokenizer,
-    train_tokenizer,
+    tokenizer_hash,
     vocabulary_size,
 )
 from lm_scale.errors import InputError, differences, flatten
 from lm_scale.generate import check_prompt
 from lm_scale.models import Model, build_model
 from lm_scale.objectives import Vocabulary
+from lm_scale.run_json import read_run, to_dict
 from lm_scale.sharding import (
     FULLY_SHARDED,
     Params,
@@ -34,46 +38,63 @@ from lm_scale.sharding import (
     shards,
 )
 
+PAD_MULTIPLE = 16  # tokens; widths of padded batches, that few programs are compiled
 RECIPE = ("corpus", "tokenizer")  # the fields of DataConfig that make a tokenizer
 
 
 def prepare_tokenizer(config: RunConfig, console: Console):
-    """The tokenizer of the run: the one in the store, the one named, or a new one."""
-    store = Path(config.store_dir)
+    """The tokenizer of the run: the one in the store, the one named, or a new one.
+
+    Raises InputError if the store's tokens were made with another one.
+    """
+    store, settings = Path(config.store_dir), config.data.tokenizer
     folder, note = store / "tokenizer", store / "tokenizer" / "recipe.json"
-    settings = config.data.tokenizer
-    recipe = json.loads(
-        json.dumps({name: to_dict(getattr(config.data, name)) for name in RECIPE})
-    )
     try:
-        there = flatten(json.loads(note.read_text()))
-    except (FileNotFoundError, ValueError, AttributeError):
+        there = json.loads(note.read_text())
+    except (FileNotFoundError, ValueError):
         there = None  # never finished: made again
-    if there is not None:
-        found = differences(there, flatten(recipe))
-        if not found:
-            return load_tokenizer(folder)
-        if (store / "train").exists():
-            raise InputError(
-                f"{folder} was made otherwise: {'; '.join(found)}. "
-                f"Choose another `data.store`, or delete {store}."
-            )
-    if settings.path is not None:
-        tokenizer = load_tokenizer(settings.path)
+    tokenizer = None
+    if settings.path is None:
+        recipe = json.loads(
+            json.dumps({name: to_dict(getattr(config.data, name)) for name in RECIPE})
+        )
+        del recipe["corpus"]["streaming"]  # another way to the same text
     else:
-        texts = documents(config.data.corpus, "train")
+        try:
+            tokenizer = load_tokenizer(settings.path, cache_dir=config.data.cache_dir)
+        except InputError:
+            if there is None or "hash" not in there:
+                raise
+            return load_tokenizer(folder)  # it is gone, but was kept here
+        recipe = {"hash": tokenizer_hash(tokenizer)}
+    if there == recipe:
+        return load_tokenizer(folder)
+    if there is not None and (store / "train").exists():
+        found = differences(flatten(there), flatten(recipe))
+        if "hash" in there and "hash" in recipe:
+            found = [f"the tokenizer {settings.path} is another one or has changed"]
+        raise InputError(
+            f"The tokens in {store} were made otherwise: {'; '.join(found)}. "
+            f"Choose another `data.store`, or delete {store}."
+        )
+    if tokenizer is None:
+        texts = documents(
+            config.data.corpus, "train",
+            cache_dir=config.data.cache_dir, workers=config.data.workers,
+        )  # fmt: skip
         console.print(f"Training a tokenizer of {settings.vocab_size} tokens ...")
-        with warnings.catch_warnings(record=True, action="always") as caught:
-            length = config.model.positions
-            tokenizer = train_tokenizer(texts, settings, max_length=length)
-        for warning in caught:
-            console.print(f"Note: {warning.message}", markup=False)
+        length = config.model.positions
+        tokenizer = train_shown(texts, settings, max_length=length, console=console)
     tokenizer.save_pretrained(folder)
     note.write_text(json.dumps(recipe))  # last: the folder is whole
     return tokenizer
 
 
-def prepare_data(config: RunConfig, console: Console):
+def prepare_data(
+    config: RunConfig,
+    console: Console,
+    parts: Sequence[Part] = ("train", "validation"),
+):
     """Makes what is missing of tokenizer and token stores; returns the tokenizer.
 
     Raises InputError if the tokenizer does not fit the model or the objective.
@@ -86,6 +107,11 @@ def prepare_data(config: RunConfig, console: Console):
             f"{config.model.vocab} rows. Set `model.vocab` to {size} or more."
         )
     pad_id = getattr(config.model, "pad_id", None)  # the causal families have none
+    if pad_id is not None and tokenizer.pad_token_id is None:
+        raise InputError(
+            f"The tokenizer has no padding token, which the model wants as token "
+            f"{pad_id} (model.pad_id). Use one that has, such as `<pad>`."
+        )
     if pad_id is not None and pad_id != tokenizer.pad_token_id:
         raise InputError(
             f"model.pad_id = {pad_id}, but the tokenizer's padding token is "
@@ -94,40 +120,74 @@ def prepare_data(config: RunConfig, console: Console):
     if config.sample_prompt is not None:
         check_prompt(config.model, tokenizer, config.sample_prompt)
     config.objective.check(vocabulary_of(tokenizer))
+    limits: dict[Part, Most] = {part: most(config, part) for part in parts}
     prepare(
-        config.data.corpus, tokenizer, config.store_dir,
-        separator=config.data.separator, console=console,
+        config.data.corpus, tokenizer, config.store_dir, parts=limits,
+        separator=config.data.separator, cache_dir=config.data.cache_dir,
+        workers=config.data.workers, console=console,
     )  # fmt: skip
     return tokenizer
+
+
+def most(config: RunConfig, part: Part) -> Most:
+    """How much of the text makes the examples that the config asks for."""
+    examples = max_examples(config, part)
+    if examples is None:
+        return Most()
+    if config.data.examples == "documents":
+        return Most(documents=examples)
+    return Most(tokens=examples * config.seq_len)
 
 
 def vocabulary_of(tokenizer) -> Vocabulary:
     """What the objectives have to know of a tokenizer."""
     special = tuple(sorted(tokenizer.all_special_ids))
-    return Vocabulary(vocabulary_size(tokenizer), special, tokenizer.mask_token_id)
+    return Vocabulary(
+        vocabulary_size(tokenizer), special, tokenizer.mask_token_id,
+        tokenizer.pad_token_id,
+    )  # fmt: skip
 
 
-def open_batches(
-    config: RunConfig, tokenizer, mesh: Mesh
-) -> tuple[TrainBatches, EvalBatches]:
-    """The training and the held-out batches of a run whose stores exist.
+def open_train(config: RunConfig, tokenizer, mesh: Mesh) -> TrainBatches:
+    """The training batches of a run whose store exists."""
+    return TrainBatches(
+        open_source(config, tokenizer, mesh, "train"),
+        config.objective, vocabulary_of(tokenizer),
+        batch=config.batch, seed=config.seed,
+    )  # fmt: skip
 
-    A held-out batch is a part of a training batch, made larger where the mesh cannot
-    cut that evenly: its size changes no result.
+
+def open_eval(config: RunConfig, tokenizer, mesh: Mesh) -> EvalBatches:
+    """The held-out batches of a run whose store exists.
+
+    A batch is a part of a training batch unless the config says otherwise, made larger
+    where the mesh cannot cut that evenly: its size changes no result.
     """
     parts = shards(config.compute.rules, mesh, "batch")
-    eval_batch = -(-config.batch // (config.accumulate * parts)) * parts
-    options: dict[str, Any] = {
-        "objective": config.objective,
-        "vocabulary": vocabulary_of(tokenizer),
-        "seq_len": config.seq_len,
-        "batch": eval_batch,
-        "seed": config.seed,
-    }
-    stores = Path(config.store_dir)
-    held_out = EvalBatches(TokenStore.open(stores / "validation"), **options)
-    options["batch"] = config.batch
-    return TrainBatches(TokenStore.open(stores / "train"), **options), held_out
+    wanted = config.eval_batch or -(-config.batch // config.accumulate)
+    return EvalBatches(
+        open_source(config, tokenizer, mesh, "validation"),
+        config.objective, vocabulary_of(tokenizer),
+        batch=-(-wanted // parts) * parts, seed=config.seed,
+    )  # fmt: skip
+
+
+def max_examples(config: RunConfig, part: Part) -> int | None:
+    data = config.data
+    return data.max_train_examples if part == "train" else data.max_eval_examples
+
+
+def open_source(config: RunConfig, tokenizer, mesh: Mesh, part: Part) -> Source:
+    """The examples of one part of the text."""
+    store, data = TokenStore.open(Path(config.store_dir) / part), config.data
+    if data.examples == "blocks":
+        return Blocks(store, config.seq_len, most=max_examples(config, part))
+    return Documents(
+        store, config.seq_len, most=max_examples(config, part),
+        special_ids=vocabulary_of(tokenizer).special_ids,
+        pad_to_seq_len=data.pad_to_seq_len,
+        multiple=math.lcm(PAD_MULTIPLE, shards(config.compute.rules, mesh, "seq")),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ The only file that spells a mesh axis. Everything else speaks *logical* axes:
     B       batch            -               batch
     T, S    query, key pos.  -               seq
     D       model width      embed           act_embed
-    H, K    heads, kv heads  heads kv_heads  act_heads
+    H, K    heads, kv heads  heads kv_heads  act_heads act_kv_heads
+    J       query heads of a kv head, H/K
     N       head width       head_dim        -
     F       mlp width        mlp             act_mlp
     V       vocabulary       vocab           act_vocab
@@ -75,6 +76,7 @@ class Rules:
     seq: tuple[str, ...] = ("context",)
     act_embed: tuple[str, ...] = ()
     act_heads: tuple[str, ...] = ("tensor",)
+    act_kv_heads: tuple[str, ...] = ("tensor",)
     act_mlp: tuple[str, ...] = ("tensor",)
     act_vocab: tuple[str, ...] = ("tensor",)
 
@@ -115,6 +117,29 @@ class Rules:
 
 
 LOGICAL_AXES = tuple(field.name for field in dataclasses.fields(Rules))
+
+
+def parse_mesh_shape(text: str) -> MeshShape:
+    """The mesh shape of `axis=size,axis=size`; InputError if it is not of that form.
+
+    Axes that are not named have size 1, but for the first, which takes the devices that
+    are left unless another one does (-1).
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = part.strip().partition("=")
+        try:
+            if axis not in MESH_AXES or axis in sizes:
+                raise ValueError(axis)
+            sizes[axis] = int(size)
+        except ValueError:
+            raise InputError(
+                f"mesh {text!r}: {part.strip()!r} is not axis=size, with each axis "
+                f"once, out of {', '.join(MESH_AXES)}."
+            ) from None
+    if -1 in sizes.values():
+        sizes.setdefault(MESH_AXES[0], 1)
+    return MeshShape(**sizes)
 
 
 def resolve_mesh_shape(shape: MeshShape, devices: int) -> MeshShape:

@@ -17,7 +17,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from lm_scale.losses import IGNORE, Sums, cross_entropy
-from lm_scale.models import Model
+from lm_scale.models import Model, family_of
+from lm_scale.optim import MatrixAxes
 from lm_scale.sharding import Params, init_params, map_declarations
 
 Batch = dict[str, Int[Array, "B T"]]  # "tokens", "labels" and perhaps "segments"
@@ -70,6 +71,26 @@ def abstract_state(
 def decay_mask(model: Model) -> Params:
     """True for each weight whose declaration allows weight decay."""
     return map_declarations(model, lambda _, weight: weight.get_metadata("decay"))
+
+
+def matrix_axes(model: Model) -> Params:
+    """The matrices in each weight: those that Hugging Face keeps, one a name and layer.
+
+    Whether they are transposed there is left out: rows and columns are alike to
+    Adafactor, the only one to ask.
+    """
+    names = family_of(model.config).hf_names
+
+    def axes(path: str, weight: nnx.Param) -> MatrixAxes:
+        entry, logical = names[path], weight.get_metadata("axes")
+        own = list(range(len(logical)))
+        if logical[0] == "layers":
+            del own[0]
+        if len(entry.names) > 1:
+            del own[entry.stack_axis]
+        return MatrixAxes(tuple(own[: entry.inputs]), tuple(own[entry.inputs :]))
+
+    return map_declarations(model, axes)
 
 
 def make_train_step(

@@ -4,38 +4,37 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import optax
-from jax.sharding import Mesh
 from rich.console import Console
 
 from lm_scale import hf
-from lm_scale.checkpoint import Checkpoints
-from lm_scale.config import RunConfig, check_run_dir, write_config
-from lm_scale.data.loader import EvalBatches, device_batches
-from lm_scale.data.store import TokenStore
-from lm_scale.errors import InputError, differences
+from lm_scale.checkpoint import Checkpoints, has_checkpoints
+from lm_scale.config import RunConfig
+from lm_scale.data.corpus import Part
+from lm_scale.data.loader import device_batches
+from lm_scale.errors import InputError
 from lm_scale.evaluate import evaluate, unigram_loss
 from lm_scale.generate import Sampling, complete
+from lm_scale.hub import HubUploads
 from lm_scale.metrics import MetricsLogger
-from lm_scale.models import Model, build_model
+from lm_scale.models import Model
 from lm_scale.optim import make_optimizer, make_schedule
 from lm_scale.report import describe, report
-from lm_scale.runs import open_batches, prepare_data
-from lm_scale.sharding import Params, abstract_params, check_divides, make_mesh
+from lm_scale.run_json import FREE, TRAINING, check_run_dir, to_dict, write_config
+from lm_scale.runs import open_eval, open_train, prepare_data
+from lm_scale.sharding import Params, abstract_params
+from lm_scale.start import fingerprint, first_state, read_weights, set_up
 from lm_scale.step import (
     TrainState,
-    abstract_state,
     decay_mask,
-    init_state,
     make_eval_step,
     make_train_step,
-    start_state,
+    matrix_axes,
 )
 
 
@@ -49,49 +48,51 @@ class Outcome:
     results: dict[str, float]  # eval_loss ..., empty unless finished
 
 
-def train(config: RunConfig, console: Console | None = None) -> Outcome:
+def train(
+    config: RunConfig, console: Console | None = None, *, hub_token: str | None = None
+) -> Outcome:
     """Trains as `config` says; goes on where a former call in its run_dir stopped.
 
-    The run directory holds `config.json`, `data/`, `checkpoints/`, `metrics.jsonl`,
-    `tensorboard/` and, at the end, `eval_results.json` and `hf/`, the exported model.
+    The run directory holds `run.json` (the config), `data/`, `checkpoints/`,
+    `metrics.jsonl`, TensorBoard's files and, at the end, `eval_results.json` and the
+    model as Hugging Face knows it: `config.json`, weights and tokenizer.
     Raises InputError, before any long work, for whatever the config has wrong.
+    `hub_token` may write to `config.hub` (None: the one that is logged in).
     """
     console = console or Console()
     # 1. Check what can be checked without text.
-    config.check()
-    mesh = make_mesh(config.mesh)
-    config.check_mesh(mesh)
-    model = build_model(config.model, config.compute)
+    mesh, model = set_up(config)
     rules = config.compute.rules
-    check_divides(model, rules, mesh)
-    if config.init_from is not None:
-        check_init_from(config.init_from, config)
     check_run_dir(config)
 
     # 2. Text -> tokenizer -> token stores -> batches.
-    tokenizer = prepare_data(config, console)
-    batches, held_out = open_batches(config, tokenizer, mesh)
+    parts: list[Part] = ["train", "validation"] if config.evaluates else ["train"]
+    tokenizer = prepare_data(config, console, parts)
+    batches = open_train(config, tokenizer, mesh)
+    held_out = open_eval(config, tokenizer, mesh) if config.evaluates else None
     steps = config.total_steps(batches.examples)
     write_config(config)  # from here on the directory holds this run
 
     # 3. Model and optimizer: the state is restored if there is one, else made.
     schedule = make_schedule(config.schedule, steps)
-    optimizer = make_optimizer(config.optimizer, schedule, decay_mask(model))
+    optimizer = make_optimizer(
+        config.optimizer, schedule, decay_mask(model), matrix_axes(model)
+    )
     train_step = make_train_step(
         model, optimizer, schedule, seed=config.seed, accumulate=config.accumulate
     )
     eval_step = make_eval_step(model)
     describe(config, model, mesh, batches, steps, console)
-    manifest = batches.store.manifest
-    tokens = {"tokenizer": manifest.tokenizer_hash, "number": manifest.tokens}
     with (
         jax.set_mesh(mesh),
-        Checkpoints(config.run_dir, keep=config.keep, tokens=tokens) as saved,
+        Checkpoints(
+            config.run_dir, keep=config.keep, tokens=fingerprint(batches)
+        ) as saved,
     ):
         state = first_state(config, model, optimizer, mesh, saved, console)
 
         # 4. The loop.
-        tokens_per_step = config.batch * config.seq_len
+        tokens_per_step = round(config.batch * batches.source.mean_length)
         flops_per_token = config.model.train_flops_per_token(config.seq_len)
         metrics = MetricsLogger(
             Path(config.run_dir),
@@ -100,38 +101,99 @@ def train(config: RunConfig, console: Console | None = None) -> Outcome:
             tokens_per_step=tokens_per_step,
             flops_per_step=tokens_per_step * flops_per_token,
             devices=list(mesh.devices.flat),
+            report_to=config.report_to,
+            config=to_dict(config),
             enabled=jax.process_index() == 0,
         )
+        uploads = None
+        if config.hub is not None:
+            folder = Path(config.run_dir)
+            uploads = HubUploads(
+                folder, config.hub, token=hub_token, console_print=metrics.print
+            )
+            uploads.create()
 
-        def evaluate_now(params: Params) -> dict[str, float]:
-            return evaluate(eval_step, params, held_out, mesh, rules)
+        def save_now(state: TrainState) -> None:
+            saved.save(state)
+            if uploads is not None and not uploads.busy:
+                hf.export(config.model, state.params, tokenizer, config.run_dir)
+                uploads.start(f"Step {int(state.step)}")
 
         with metrics, stop_on_signals() as stop:
+
+            def evaluate_now(state: TrainState) -> dict[str, float]:
+                assert held_out is not None  # config.evaluates
+                return evaluate(eval_step, state.params, held_out, mesh, rules, stop)
+
             last = min(steps, config.stop_at or steps)
             first = int(state.step)
             source = device_batches(batches, mesh, rules, start=first, stop=last)
             state = run_steps(
-                config, state, source, steps, train_step, evaluate_now, metrics, saved,
-                stop,
+                config, state, source, steps, train_step, evaluate_now, save_now,
+                metrics, stop,
             )  # fmt: skip
             step = int(state.step)
             saved.save(state)
-            if step < steps:
-                saved.wait()
+            results = {}
+            if step == steps and config.eval_at_end:
+                results = evaluate_now(state)
+            saved.wait()
+            if step < steps or (config.eval_at_end and not results):
                 again = "the same command" if stop.is_set() else "without `stop_at`"
                 metrics.print(
                     f"Stopped after step {step} of {steps}, saved. "
                     f"Run {again} to go on."
                 )
+                if uploads is not None:
+                    uploads.give_up()
                 return Outcome(step, False, stop.is_set(), {})
-            results = evaluate_now(state.params)
-            saved.wait()
-            if not (Path(config.run_dir) / "eval_results.json").exists():
+            if results and not metrics.has_eval(step):
                 metrics.log_eval(step, results)
 
         # 5. What was learnt, and where it is.
-        conclude(config, model, state.params, tokenizer, held_out, results, console)
+        hf.export(config.model, state.params, tokenizer, config.run_dir)
+        if results and held_out is not None:
+            train_store = batches.source.store
+            results["unigram_loss"] = unigram_loss(
+                train_store, held_out, config.model.vocab
+            )
+        sample = sample_text(config, model, state.params, tokenizer)
+        report(config, results, sample, console)
+        if uploads is not None:
+            uploads.finish(f"Step {step}, the end")
     return Outcome(step, True, False, results)
+
+
+def evaluate_only(
+    config: RunConfig, console: Console | None = None
+) -> dict[str, float]:
+    """The held-out loss of the weights of `init_from`; trains nothing.
+
+    If that is None, of the newest checkpoint in run_dir; InputError if there is none,
+    or if the run there has another model or other text. Writes `eval_results.json`.
+    """
+    console = console or Console()
+    mesh, model = set_up(config)
+    rules = config.compute.rules
+    own = config.init_from is None
+    check_run_dir(config, free=FREE + TRAINING)
+    if own and not has_checkpoints(config.run_dir):
+        raise InputError(
+            f"There are no weights to evaluate: {config.run_dir} has no checkpoints, "
+            f"and no pretrained model is named. Train, or name one."
+        )
+    tokenizer = prepare_data(config, console, ["validation"])
+    held_out = open_eval(config, tokenizer, mesh)
+    with jax.set_mesh(mesh):
+        if own:
+            target = abstract_params(model, rules, mesh)
+            with Checkpoints(config.run_dir) as saved:
+                params = saved.restore_params(target)
+        else:
+            params = read_weights(config, model, mesh)
+        results = evaluate(make_eval_step(model), params, held_out, mesh, rules)
+    report(config, results, None, console)
+    return results
 
 
 def run_steps(
@@ -140,9 +202,9 @@ def run_steps(
     source: Iterator[dict[str, jax.Array]],
     steps: int,
     train_step,
-    evaluate_now,
+    evaluate_now: Callable[[TrainState], dict[str, float]],
+    save_now: Callable[[TrainState], None],
     metrics: MetricsLogger,
-    saved: Checkpoints,
     stop: threading.Event,
 ) -> TrainState:
     """Steps until `source` ends or `stop` is set; evaluates and saves on the way."""
@@ -153,6 +215,7 @@ def run_steps(
         if pending is not None:
             number, values = pending
             write = number % config.log_every == 0 or number == steps
+            write = write or (number == 1 and config.log_first)
             values = {name: float(value) for name, value in values.items()}
             metrics.log_step(number, values, write=write)
 
@@ -163,16 +226,17 @@ def run_steps(
         # so that the devices never wait for the host.
         log(pending)
         pending = (step, values)
-        eval_now = config.eval_every and step % config.eval_every == 0 and step < steps
-        save_now = config.save_every and step % config.save_every == 0
-        if eval_now or save_now:
+        eval_due = config.eval_every and step % config.eval_every == 0
+        eval_due = eval_due and not (step == steps and config.eval_at_end)
+        save_due = config.save_every and step % config.save_every == 0
+        if eval_due or save_due:
             log(pending)  # waits for the step: its time is the step's, not the pause's
             pending = None
             with metrics.pause():
-                if eval_now:
-                    metrics.log_eval(step, evaluate_now(state.params))
-                if save_now:  # after it: a run that goes on from here has both
-                    saved.save(state)
+                if eval_due and (results := evaluate_now(state)):
+                    metrics.log_eval(step, results)
+                if save_due:  # after it: a run that goes on from here has both
+                    save_now(state)
         if stop.is_set():
             break
     log(pending)
@@ -203,65 +267,12 @@ def stop_on_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def first_state(
-    config: RunConfig,
-    model: Model,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    saved: Checkpoints,
-    console: Console,
-) -> TrainState:
-    """The state to go on from. To be called under `jax.set_mesh`."""
-    # Resuming goes before a warm start, a warm start before a cold one.
-    if saved.latest() is not None:
-        state = saved.restore(abstract_state(model, optimizer, mesh))
-        console.print(
-            f"Going on from step {int(state.step)} in {saved.directory}", markup=False
-        )
-        return state
-    if config.init_from is not None:
-        weights = hf.read_params(config.init_from, model)
-        target = abstract_params(model, config.compute.rules, mesh)
-        params = jax.tree.map(
-            lambda x, t: jax.device_put(x, t.sharding), weights, target
-        )
-        return jax.jit(lambda p: start_state(p, optimizer))(params)
-    return jax.jit(lambda: init_state(model, optimizer, config.seed))()
-
-
-def conclude(
-    config: RunConfig,
-    model: Model,
-    params: Params,
-    tokenizer,
-    held_out: EvalBatches,
-    results: dict[str, float],
-    console: Console,
-) -> None:
-    """Exports the model and reports, the unigram loss added to `results`."""
-    store = TokenStore.open(Path(config.store_dir) / "train")
-    results["unigram_loss"] = unigram_loss(store, held_out, config.model.vocab)
-    hf.export(config.model, params, tokenizer, Path(config.run_dir) / "hf")
-    prompt, sample = config.sample_prompt, None
-    if prompt is not None:
-        sampling = Sampling(max_new_tokens=80, seed=config.seed)
-        (sample,) = complete(model, params, tokenizer, prompt, sampling)
-    report(config, results, sample, console)
-
-
-def check_init_from(folder: str, config: RunConfig) -> None:
-    """InputError naming the fields in which the first weights' model is another."""
-    found = hf.read_config(folder)
-    if type(found) is not type(config.model):
-        raise InputError(
-            f"{folder} holds a {type(found).__name__}, the config a "
-            f"{type(config.model).__name__}."
-        )
-    free = {name: None for name in vars(found) if "dropout" in name} | {
-        "init_std": None
-    }
-    wrong = differences(vars(found) | free, vars(config.model) | free)
-    if wrong:
-        raise InputError(
-            f"The model in {folder} is not the config's: {'; '.join(wrong)}."
-        )
+def sample_text(
+    config: RunConfig, model: Model, params: Params, tokenizer
+) -> str | None:
+    """The config's prompt, continued or filled in; None: it has none."""
+    if config.sample_prompt is None:
+        return None
+    sampling = Sampling(max_new_tokens=80, seed=config.seed)
+    (sample,) = complete(model, params, tokenizer, config.sample_prompt, sampling)
+    return sample

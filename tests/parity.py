@@ -18,7 +18,9 @@ from lm_scale.losses import IGNORE, cross_entropy
 from lm_scale.models import ModelConfig, build_model, family_of
 from lm_scale.models.gpt2 import GPT2Config
 from lm_scale.models.layers import Compute
+from lm_scale.models.llama import LlamaConfig
 from lm_scale.models.roberta import RobertaConfig
+from lm_scale.models.rotary import FrequencyScaling
 from lm_scale.sharding import (
     MeshShape,
     Params,
@@ -114,6 +116,44 @@ CASES: dict[str, tuple[ModelConfig, Inputs]] = {
             vocab=23, positions=7, layers=1, embed=8, heads=1, mlp=10, pad_id=0
         ),
         random_inputs(23, (2, 7), seed=5, **starts_at([[3], [5]], (2, 7), first=1)),
+    ),
+    # Grouped queries, an output of its own, Llama 3.1's frequencies.
+    "llama": (
+        LlamaConfig(
+            vocab=37, positions=64, layers=2, embed=12, heads=6, kv_heads=2, head_dim=4,
+            mlp=20, rope_theta=500.0,
+            rope_scaling=FrequencyScaling(factor=4.0, original=16),
+        ),
+        random_inputs(37, (2, 11), seed=6),
+    ),
+    "llama-packed": (
+        LlamaConfig(
+            vocab=29, positions=9, layers=1, embed=8, heads=2, kv_heads=2, head_dim=6,
+            mlp=10, qkv_bias=True, out_bias=True, mlp_bias=True, tied=True,
+            rope_scaling=FrequencyScaling("linear", factor=2.0),
+        ),
+        random_inputs(29, (2, 9), seed=7, **starts_at([[4], [1, 6]], (2, 9))),
+    ),
+    "mistral": (
+        LlamaConfig(
+            kind="mistral", vocab=31, positions=16, layers=2, embed=12, heads=4,
+            kv_heads=1, head_dim=2, mlp=18, window=4, norm_epsilon=1e-3,
+        ),
+        random_inputs(31, (2, 11), seed=8),
+    ),
+    "qwen2": (
+        LlamaConfig(
+            kind="qwen2", vocab=31, positions=16, layers=2, embed=12, heads=6,
+            kv_heads=3, head_dim=2, mlp=18, qkv_bias=True, tied=True,
+        ),
+        random_inputs(31, (2, 11), seed=9),
+    ),
+    "qwen3": (
+        LlamaConfig(
+            kind="qwen3", vocab=31, positions=16, layers=2, embed=12, heads=4,
+            kv_heads=2, head_dim=8, mlp=18, qk_norm=True, window=5,
+        ),
+        random_inputs(31, (2, 11), seed=10),
     ),
 }  # fmt: skip
 

@@ -15,6 +15,7 @@ from lm_scale.models import build_model
 from lm_scale.models.attention import attention, causal_mask, segment_mask
 from lm_scale.models.gpt2 import GPT2Config
 from lm_scale.models.layers import Compute
+from lm_scale.models.llama import LlamaConfig
 from lm_scale.models.roberta import RobertaConfig
 from lm_scale.sharding import MeshShape, Rules, make_mesh
 
@@ -135,17 +136,51 @@ def test_dropout_of_the_weights_keeps_their_mean():
 def test_causal_mask_of_a_later_piece():
     expected = [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]
     np.testing.assert_array_equal(causal_mask(2, 5, start=2)[0, 0], expected)
+    expected = [[0, 1, 1, 0, 0], [0, 0, 1, 1, 0]]
+    windowed = causal_mask(2, 5, start=2, window=2)
+    np.testing.assert_array_equal(windowed[0, 0], expected)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "rules"),
+    [
+        (MeshShape(data=2, context=2, tensor=2), RULES),
+        (MeshShape(data=2, tensor=4), Rules(kv_heads=(), act_kv_heads=())),
+    ],
+    ids=["tensor=2", "tensor=4"],
+)
+def test_neighbours_share_a_key_on_any_mesh(mesh, rules):
+    """Eight heads of queries, two of keys and values."""
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((B, T, 8, N)).astype(np.float32)
+    k, v = rng.standard_normal((2, B, T, 2, N)).astype(np.float32)
+    mask = causal_mask(T, T, window=3)
+
+    @jax.jit
+    def run(q, k, v):
+        return attention(q, k, v, mask=causal_mask(T, T, window=3), rules=rules)
+
+    with jax.set_mesh(make_mesh(mesh)):
+        heads = jax.device_put(q, rules.spec("batch", "seq", "act_heads", None))
+        shared = rules.spec("batch", "seq", "act_kv_heads", None)
+        mixed = np.asarray(run(heads, *jax.device_put((k, v), shared)))
+    expected = jax.nn.dot_product_attention(
+        q, np.repeat(k, 4, axis=2), np.repeat(v, 4, axis=2), mask=mask
+    )
+    np.testing.assert_allclose(mixed, expected, rtol=1e-5, atol=1e-6)
 
 
 # --- Documents of one row -------------------------------------------------------------
 
+SHAPE = {"vocab": 37, "positions": 9, "layers": 2, "embed": 12, "heads": 3, "mlp": 20}
 MODELS = [
-    GPT2Config(vocab=37, positions=9, layers=2, embed=12, heads=3, mlp=20),
-    RobertaConfig(vocab=37, positions=9, layers=2, embed=12, heads=3, mlp=20),
+    GPT2Config(**SHAPE),
+    LlamaConfig(**SHAPE, kv_heads=1, head_dim=4, window=3),
+    RobertaConfig(**SHAPE),
 ]
 
 
-@pytest.mark.parametrize("config", MODELS, ids=["gpt2", "roberta"])
+@pytest.mark.parametrize("config", MODELS, ids=["gpt2", "llama", "roberta"])
 def test_a_document_does_not_notice_its_neighbour(config):
     model = build_model(config, Compute(dtype="float32"))
     graphdef = nnx.split(model)[0]
@@ -181,7 +216,7 @@ def test_a_document_does_not_notice_its_neighbour(config):
         assert np.abs(run([other_a, b])[0] - of_a).max() > 0.1  # it does see itself
 
 
-@pytest.mark.parametrize("config", MODELS, ids=["gpt2", "roberta"])
+@pytest.mark.parametrize("config", MODELS, ids=["gpt2", "llama", "roberta"])
 def test_without_segments_documents_see_each_other(config):
     model = build_model(config, Compute(dtype="float32"))
     graphdef = nnx.split(model)[0]

@@ -7,23 +7,21 @@ import json
 import jax
 import pytest
 
-from lm_scale.config import (
-    FREE,
-    DataConfig,
-    RunConfig,
-    check_run_dir,
-    from_dict,
-    load_config,
-    read_run,
-    to_dict,
-    write_config,
-)
+from lm_scale.config import DataConfig, RunConfig, load_config
 from lm_scale.data.corpus import CorpusConfig
 from lm_scale.data.tokenizer import TokenizerConfig
 from lm_scale.errors import InputError
 from lm_scale.models import Compute, GPT2Config, RobertaConfig
 from lm_scale.objectives import CausalLM, MaskedLM
 from lm_scale.optim import AdamW, Schedule
+from lm_scale.run_json import (
+    FREE,
+    check_run_dir,
+    from_dict,
+    read_run,
+    to_dict,
+    write_config,
+)
 from lm_scale.sharding import MeshShape, Rules, make_mesh
 
 GPT2 = RunConfig(run_dir="runs/gpt2", steps=10)
@@ -320,7 +318,7 @@ def test_written_and_read_again(tmp_path):
     write_config(config)
     assert read_run(config.run_dir) == config
     files = [path.name for path in (tmp_path / "new" / "run").iterdir()]
-    assert files == ["config.json"]
+    assert files == ["run.json"]
 
 
 def test_the_same_run_goes_on_also_where_it_was_moved_to(tmp_path):
@@ -388,7 +386,7 @@ def test_a_config_of_an_older_version_gets_the_defaults_of_new_fields(tmp_path):
     config = in_dir(GPT2, tmp_path)
     stored = to_dict(config)
     del stored["keep"], stored["model"]["init_std"]
-    (tmp_path / "config.json").write_text(json.dumps(stored))
+    (tmp_path / "run.json").write_text(json.dumps(stored))
     assert read_run(tmp_path) == config
 
 
@@ -428,12 +426,12 @@ def test_a_tokenizer_that_cannot_fit_is_refused_before_it_is_trained():
     ],
 )
 def test_a_config_json_that_cannot_be_read(tmp_path, content):
-    (tmp_path / "config.json").write_bytes(content)
+    (tmp_path / "run.json").write_bytes(content)
     (tmp_path / "checkpoints" / "10").mkdir(parents=True)
     for use in (read_run, lambda path: check_run_dir(in_dir(GPT2, path))):
-        with pytest.raises(InputError, match="config.json is not a config"):
+        with pytest.raises(InputError, match="run.json is not a config"):
             use(tmp_path)
-    assert (tmp_path / "config.json").read_bytes() == content
+    assert (tmp_path / "run.json").read_bytes() == content
 
 
 def test_a_folder_without_a_run(tmp_path):
@@ -484,11 +482,19 @@ def test_not_a_number_is_refused(name):
 
 def test_checkpoints_without_a_config_are_not_touched(tmp_path):
     config = begun(GPT2, tmp_path)
-    (tmp_path / "config.json").unlink()
-    with pytest.raises(InputError, match="has checkpoints but no config.json"):
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(InputError, match="has checkpoints but no run.json"):
         check_run_dir(config)
 
 
 def test_an_empty_run_dir_is_refused():
     with pytest.raises(InputError, match="run_dir is empty"):
         changed(SMALL, run_dir="").check()
+
+
+def test_a_bracket_in_the_path_is_refused(tmp_path):
+    """Orbax takes the path for a pattern, and its checkpoints are lost."""
+    config = dataclasses.replace(GPT2, run_dir=str(tmp_path / "lr[1]" / "run"))
+    with pytest.raises(InputError, match="holds a bracket"):
+        check_run_dir(config)
+    assert list(tmp_path.iterdir()) == []

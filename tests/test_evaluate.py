@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from lm_scale.data.examples import Blocks
 from lm_scale.data.loader import EvalBatches
 from lm_scale.data.store import StoreWriter, TokenStore
 from lm_scale.evaluate import evaluate, unigram_loss
@@ -49,7 +50,8 @@ def store(tmp_path_factory):
 def held_out(store, batch):
     """Rows differ in their number of labels; most tokens show, so some are guessed."""
     objective = MaskedLM(probability=0.4, masked=0.0, random=0.3)
-    return EvalBatches(store, objective, VOCABULARY, seq_len=SEQ, batch=batch, seed=1)
+    source = Blocks(store, SEQ)
+    return EvalBatches(source, objective, VOCABULARY, batch=batch, seed=1)
 
 
 ONE = make_mesh(MeshShape(), jax.devices()[:1])
@@ -161,7 +163,7 @@ def test_unigram_loss_by_hand(tmp_path):
     vocabulary = Vocabulary(size=4, special_ids=(), mask_id=None)
     for batch in (1, 2, 4):  # 4: with a filler row
         batches = EvalBatches(
-            validation, CausalLM(), vocabulary, seq_len=2, batch=batch, seed=0
+            Blocks(validation, 2), CausalLM(), vocabulary, batch=batch, seed=0
         )
         found = unigram_loss(train, batches, 4)
         # The examples are 0 1, 2 3, 0 0; their targets 1, 3, 0.

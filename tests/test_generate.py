@@ -17,13 +17,22 @@ from lm_scale.generate import Sampling, fill_masks, generate, sample, unbatched
 from lm_scale.models import build_model
 from lm_scale.models.gpt2 import GPT2Config
 from lm_scale.models.layers import Compute
+from lm_scale.models.llama import LlamaConfig
 from lm_scale.models.roberta import RobertaConfig
 from lm_scale.sharding import MeshShape, make_mesh
 
-CONFIG = GPT2Config(vocab=46, positions=17, layers=2, embed=12, heads=4, mlp=22)
-MODEL = build_model(CONFIG, Compute(dtype="float32"))
-GRAPHDEF = nnx.split(unbatched(MODEL))[0]
-PROMPT = np.random.default_rng(0).integers(0, CONFIG.vocab, (3, 5), np.int32)
+SHAPE = {"vocab": 46, "positions": 17, "layers": 2, "embed": 12, "heads": 4, "mlp": 22}
+CONFIGS = {
+    "gpt2": GPT2Config(**SHAPE),
+    # Each key serves two queries, and is seen from four positions.
+    "llama": LlamaConfig(**SHAPE, kv_heads=2, head_dim=6, window=4),
+}
+MODELS = {
+    name: build_model(config, Compute(dtype="float32"))
+    for name, config in CONFIGS.items()
+}
+MODEL = MODELS["gpt2"]
+PROMPT = np.random.default_rng(0).integers(0, SHAPE["vocab"], (3, 5), np.int32)
 GREEDY = Sampling(max_new_tokens=12, temperature=0)  # fills all 17 positions
 
 
@@ -31,39 +40,49 @@ def placed(model, mesh):
     return parity.placed(model, parity.random_tensors(model.config), mesh)
 
 
-@jax.jit
-def all_logits(params, tokens):
-    """The logits after each token, without a cache: [B T V]."""
-    model = nnx.merge(GRAPHDEF, params)
+@partial(jax.jit, static_argnames="graphdef")
+def _all_logits(params, tokens, graphdef):
+    model = nnx.merge(graphdef, params)
     return model.head(model(tokens))
 
 
+def all_logits(model, params, tokens):
+    """The logits after each token, without a cache: [B T V]."""
+    return _all_logits(params, tokens, nnx.split(unbatched(model))[0])
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request):
+    return MODELS[request.param]
+
+
 @pytest.fixture(scope="module")
-def greedy():
+def greedy(model):
     with jax.set_mesh(mesh := one_device()):
-        return generate(MODEL, placed(MODEL, mesh), PROMPT, GREEDY)
+        return generate(model, placed(model, mesh), PROMPT, GREEDY)
 
 
-def test_greedy_is_the_likeliest_token_after_the_whole_prefix(greedy):
+def test_greedy_is_the_likeliest_token_after_the_whole_prefix(model, greedy):
     """Token by token; what follows the prefix in the buffer is not seen (causal)."""
     with jax.set_mesh(mesh := one_device()):
-        params = placed(MODEL, mesh)
+        params = placed(model, mesh)
         text = np.zeros((3, 17), np.int32)
         text[:, :5] = PROMPT
         for end in range(5, 17):
-            logits = np.asarray(all_logits(params, text))[:, end - 1]
+            logits = np.asarray(all_logits(model, params, text))[:, end - 1]
             text[:, end] = np.argmax(logits, -1)
     assert greedy.dtype == np.int32
     np.testing.assert_array_equal(greedy, text)
     assert len(np.unique(greedy[:, 5:])) > 5  # it does not say one thing only
 
 
-def test_decoding_in_pieces_gives_the_logits_of_the_whole():
-    tokens = np.random.default_rng(1).integers(0, CONFIG.vocab, (3, 17), np.int32)
+def test_decoding_in_pieces_gives_the_logits_of_the_whole(model):
+    tokens = np.random.default_rng(1).integers(0, SHAPE["vocab"], (3, 17), np.int32)
+    graphdef = nnx.split(unbatched(model))[0]
 
     @jax.jit
     def in_pieces(params, tokens):
-        model = nnx.merge(GRAPHDEF, params)
+        model = nnx.merge(graphdef, params)
         cache, after = model.empty_cache(3, 14), []
         for piece in jnp.split(tokens[:, :9], [5, 6], axis=1):
             logits, cache = model.decode(piece, cache)
@@ -71,33 +90,33 @@ def test_decoding_in_pieces_gives_the_logits_of_the_whole():
         return jnp.stack(after, 1), cache.length
 
     with jax.set_mesh(mesh := one_device()):
-        params = placed(MODEL, mesh)
+        params = placed(model, mesh)
         logits, length = in_pieces(params, tokens)
-        expected = all_logits(params, tokens)[:, np.array([4, 5, 8])]
+        expected = all_logits(model, params, tokens)[:, np.array([4, 5, 8])]
     assert length == 9
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [0, 1.5])
-def test_eight_devices_write_what_one_writes(temperature, greedy):
+def test_eight_devices_write_what_one_writes(temperature, model, greedy):
     sampling = replace(GREEDY, temperature=temperature, top_k=9, top_p=0.9)
     expected = greedy
     if temperature:
         with jax.set_mesh(mesh := one_device()):
-            expected = generate(MODEL, placed(MODEL, mesh), PROMPT, sampling)
+            expected = generate(model, placed(model, mesh), PROMPT, sampling)
         assert not np.array_equal(expected, greedy)
     with jax.set_mesh(mesh := make_mesh(MeshShape(data=2, fsdp=2, tensor=2))):
-        written = generate(MODEL, placed(MODEL, mesh), PROMPT, sampling)
+        written = generate(model, placed(model, mesh), PROMPT, sampling)
     np.testing.assert_array_equal(written, expected)
 
 
-def test_after_the_end_there_is_nothing_else(greedy):
+def test_after_the_end_there_is_nothing_else(model, greedy):
     """The end of one row is not that of another."""
     new = greedy[:, 5:]
     in_some_rows = [x for x in new[:, :-1].flat if not (new == x).any(axis=1).all()]
     eos_id = int(in_some_rows[0])
     with jax.set_mesh(mesh := one_device()):
-        text = generate(MODEL, placed(MODEL, mesh), PROMPT, GREEDY, eos_id=eos_id)
+        text = generate(model, placed(model, mesh), PROMPT, GREEDY, eos_id=eos_id)
     for row, free in zip(text, greedy, strict=True):
         ends = np.flatnonzero(free[5:] == eos_id)
         end = 5 + ends[0] if ends.size else 17
@@ -115,7 +134,7 @@ def test_an_end_in_the_prompt_ends_nothing():
             eos_id=eos_id,
         )  # fmt: skip
         buffer = np.pad(prompt, ((0, 2), (0, 14)))  # the shape compiled before
-        expected = np.argmax(all_logits(params, buffer)[0, 2], -1)
+        expected = np.argmax(all_logits(MODEL, params, buffer)[0, 2], -1)
     assert text[0, 3] == expected != eos_id
 
 

@@ -2,20 +2,27 @@
 """Hugging Face folders without torch: names, configs and what a person gets wrong."""
 
 import json
+import os
 import re
+import shutil
 from dataclasses import replace
+from fnmatch import fnmatch
 
+import ml_dtypes
 import numpy as np
 import parity
 import pytest
 from safetensors.numpy import save_file
 
 from lm_scale import hf
+from lm_scale.data.tokenizer import TokenizerConfig, train_tokenizer
 from lm_scale.errors import InputError
 from lm_scale.models import build_model, family_of
 from lm_scale.models.gpt2 import GPT2Config
 from lm_scale.models.layers import Compute
+from lm_scale.models.llama import LlamaConfig
 from lm_scale.models.roberta import RobertaConfig
+from lm_scale.models.rotary import FrequencyScaling
 from lm_scale.sharding import declarations, flatten
 
 GPT2 = GPT2Config(
@@ -26,7 +33,14 @@ ROBERTA = RobertaConfig(
     vocab=31, positions=11, layers=3, embed=10, heads=2, mlp=18, token_types=2,
     pad_id=3, dropout=0.2, attention_dropout=0.3, norm_epsilon=1e-6, init_std=0.05,
 )  # fmt: skip
-both = pytest.mark.parametrize("config", [GPT2, ROBERTA], ids=["gpt2", "roberta"])
+LLAMA = LlamaConfig(
+    vocab=31, positions=11, layers=2, embed=12, heads=6, kv_heads=2, head_dim=4,
+    mlp=18, qkv_bias=True, out_bias=True, mlp_bias=True, attention_dropout=0.3,
+    rope_theta=500.0, rope_scaling=FrequencyScaling(factor=4.0, original=16),
+    norm_epsilon=1e-6, init_std=0.05,
+)  # fmt: skip
+CONFIGS = {"gpt2": GPT2, "llama": LLAMA, "roberta": ROBERTA}
+each = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
 def model_of(config):
@@ -55,7 +69,7 @@ def write_model(folder, config, tensors):
 # --- Weights --------------------------------------------------------------------------
 
 
-@both
+@each
 def test_weights_come_back_as_they_were(config):
     rng = np.random.default_rng(0)
     flat = {
@@ -69,17 +83,20 @@ def test_weights_come_back_as_they_were(config):
     assert_bit_equal(again, tensors)
 
 
-@both
+@each
 def test_every_weight_has_a_name_and_every_name_a_weight(config):
     names = family_of(config).hf_names
+    if config == LLAMA:
+        config = replace(config, qk_norm=True)  # as Qwen 3 has, but never with the rest
     assert names.keys() == declarations(model_of(config)).keys()
 
 
-@both
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@each
+@pytest.mark.parametrize("dtype", ["float32", "float16", ml_dtypes.bfloat16])
 def test_files_are_read_as_float32_and_extra_tensors_ignored(tmp_path, config, dtype):
-    tensors = parity.random_tensors(config)  # multiples of 1/64: exact in float16
+    tensors = parity.random_tensors(config)  # multiples of 1/64
     stored = {name: x.astype(dtype) for name, x in tensors.items()}
+    tensors = {name: x.astype(np.float32) for name, x in stored.items()}
     stored["something.else"] = np.zeros(3, np.int64)
     write_model(tmp_path, config, stored)
     params = hf.read_params(tmp_path, model_of(config))
@@ -95,7 +112,7 @@ def test_the_names_of_gpt2_on_the_hub(tmp_path):
     assert_bit_equal(hf.to_hf(GPT2, params), tensors)
 
 
-@both
+@each
 def test_a_missing_tensor_is_named(config):
     tensors = dict(parity.random_tensors(config))
     name = next(name for name in tensors if ".1." in name and name.endswith("bias"))
@@ -119,6 +136,7 @@ def test_a_missing_tensor_is_named(config):
             "roberta.encoder.layer.2.attention.self.key.bias",
             ((9,), (10,)),
         ),
+        (LLAMA, "model.layers.1.self_attn.v_proj.weight", ((7, 12), (8, 12))),
     ],
 )
 def test_a_tensor_of_another_shape_is_named_with_both_shapes(config, name, shapes):
@@ -169,17 +187,250 @@ def test_a_checkpoint_in_several_files(tmp_path):
         hf.read_params(tmp_path, model_of(ROBERTA))
 
 
-@pytest.mark.parametrize("index", ["{", "{}", "[]"])
+def test_one_whole_file_goes_before_an_index(tmp_path):
+    """As in transformers: a folder may hold an older checkpoint's index."""
+    sharded(tmp_path, {})
+    write_model(tmp_path, GPT2, tensors := parity.random_tensors(GPT2))
+    params = hf.read_params(tmp_path, model_of(GPT2))
+    assert_bit_equal(hf.to_hf(GPT2, params), tensors)
+
+
+INDICES = ["{", "{}", "[]", '{"weight_map": []}', '{"weight_map": {"a": ["b"]}}']
+
+
+@pytest.mark.parametrize("index", [*INDICES, '{"weight_map": {"a": "../b"}}'])
 def test_a_damaged_index(tmp_path, index):
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(InputError, match="model.safetensors.index.json"):
         hf.read_params(tmp_path, model_of(GPT2))
 
 
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin"]
+)
+def test_pickles_are_refused_with_the_way_out(tmp_path, name):
+    (tmp_path / name).write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    with pytest.raises(InputError, match="never loaded.*save_pretrained"):
+        hf.read_params(tmp_path, model_of(GPT2))
+
+
+# --- Export ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    settings = TokenizerConfig(vocab_size=257, kind="gpt2")
+    return train_tokenizer(["no pair twice"], settings)
+
+
+def export(folder, tokenizer, config=GPT2):
+    config = replace(config, vocab=300)
+    tensors = parity.random_tensors(config)
+    hf.export(config, hf.from_hf(model_of(config), tensors), tokenizer, folder)
+
+
+def test_the_files_of_an_export(tmp_path, tokenizer):
+    export(folder := tmp_path / "new" / "folder", tokenizer)
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+
+
+@pytest.mark.parametrize(("positions", "bound"), [(9, 9), (1024, None)])
+def test_only_a_short_model_bounds_the_length_of_generation(
+    tmp_path, tokenizer, positions, bound
+):
+    export(tmp_path, tokenizer, replace(GPT2, positions=positions))
+    content = json.loads((tmp_path / "generation_config.json").read_text())
+    assert content.get("max_length") == bound
+    assert content["eos_token_id"] == tokenizer.eos_token_id
+
+
+def test_an_export_that_fails_leaves_the_files_before_it(
+    tmp_path, tokenizer, monkeypatch
+):
+    export(tmp_path, tokenizer)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full_disk(tensors, path, metadata):
+        path.write_bytes(b"half of")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(hf, "save_file", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        export(tmp_path, tokenizer, replace(GPT2, layers=1))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_an_export_that_was_killed_is_cleared_by_the_next(
+    tmp_path, tokenizer, monkeypatch
+):
+    """At the moment when files get their names: all or nothing, the weights last."""
+    named = []
+
+    def killed(source, target):
+        assert source.read_bytes()  # whole, in the same folder and so the same disk
+        assert tmp_path in source.parents
+        named.append(target.name)
+        if target.name == "model.safetensors":
+            raise KeyboardInterrupt
+        shutil.move(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    with pytest.raises(KeyboardInterrupt):
+        export(tmp_path, tokenizer)
+    assert named[-1] == "model.safetensors" and "config.json" in named
+    assert not (tmp_path / "model.safetensors").exists()
+    monkeypatch.undo()
+    export(tmp_path, tokenizer)
+    assert {path.name for path in tmp_path.iterdir()} == set(named)
+
+
+# --- The hub --------------------------------------------------------------------------
+
+
+HUB_FILES = {
+    "safetensors": [
+        "config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
+        "merges.txt", "model.safetensors",
+    ],
+    "shards": [
+        "config.json", "model.safetensors.index.json",
+        "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+    ],
+    "flax": ["config.json", "tokenizer.json", "flax_model.msgpack"],
+    "flax shards": [
+        "config.json", "flax_model.msgpack.index.json",
+        "flax_model-00001-of-00001.msgpack",
+    ],
+}  # fmt: skip
+UNWANTED = [
+    "pytorch_model.bin", "training_args.bin", "modeling.py", "tokenization.py",
+    "model.fp16.safetensors", "onnx/config.json", "tf_model.h5",
+]  # fmt: skip
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub with one repository, `someone/model`, whose files a test sets.
+
+    `hub.files` is what lies there, `hub.error` what reaching for it raises.
+    """
+
+    class Hub:
+        files: list[str] = []
+        error: Exception | None = None
+        cache_dirs: list[str | None] = []
+
+    def snapshot_download(repo_id, *, allow_patterns, cache_dir):
+        from huggingface_hub.utils import validate_repo_id
+
+        validate_repo_id(repo_id)
+        if Hub.error:
+            raise Hub.error
+        Hub.cache_dirs = [*Hub.cache_dirs, cache_dir]
+        folder = tmp_path / "snapshot"
+        for name in Hub.files:
+            if any(fnmatch(name, pattern) for pattern in allow_patterns):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                weight_map = {"weight_map": {"a": Hub.files[-1]}}
+                (folder / name).write_text(json.dumps(weight_map))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    return Hub
+
+
+def files_below(folder):
+    return {str(x.relative_to(folder)) for x in folder.rglob("*") if x.is_file()}
+
+
+@pytest.mark.parametrize("kind", HUB_FILES)
+def test_what_is_fetched_from_the_hub(hub, kind):
+    hub.files = UNWANTED + HUB_FILES[kind]
+    folder = hf.fetch("someone/model", cache_dir="kept")
+    assert files_below(folder) == set(HUB_FILES[kind])
+    assert set(hub.cache_dirs) == {"kept"}
+
+
+def test_flax_weights_are_fetched_only_if_there_is_nothing_else(hub):
+    hub.files = HUB_FILES["flax"] + HUB_FILES["safetensors"]
+    folder = hf.fetch("someone/model")
+    assert "flax_model.msgpack" not in files_below(folder)
+
+
+def test_a_config_is_fetched_without_weights(hub):
+    hub.files = ["pytorch_model.bin", *HUB_FILES["safetensors"]]
+    folder = hf.fetch("someone/model", weights=False)
+    assert files_below(folder) == set(HUB_FILES["safetensors"]) - {"model.safetensors"}
+
+
+def test_a_repository_with_pickles_alone(hub):
+    hub.files = ["config.json", "pytorch_model.bin"]
+    with pytest.raises(InputError, match="someone/model.*never loaded.*save_pretr"):
+        hf.fetch("someone/model")
+
+
+def test_a_local_folder_is_taken_as_it_is(hub, tmp_path, monkeypatch):
+    hub.error = AssertionError("the hub was asked")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    for name in (str(tmp_path / "model"), "model", "./model", "~/model"):
+        assert hf.fetch(name).samefile(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere", "~/nowhere", ""])
+def test_a_path_that_is_no_folder_never_goes_to_the_hub(hub, name):
+    hub.error = AssertionError("the hub was asked")
+    with pytest.raises(InputError, match=f"'{name}' is not a folder"):
+        hf.fetch(name)
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "two words", "someone/model.git"])
+def test_a_name_that_no_repository_has(hub, name):
+    with pytest.raises(InputError, match="neither a folder nor a possible name"):
+        hf.fetch(name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("RepositoryNotFoundError", "no repository 'someone/model'.*hf auth login"),
+        ("GatedRepoError", "no repository 'someone/model'.*hf auth login"),
+        ("LocalEntryNotFoundError", "cannot be fetched.*network.*no route to host"),
+        ("OfflineModeIsEnabled", "cannot be fetched.*network.*no route to host"),
+    ],
+)
+def test_the_hub_says_no(hub, kind, message):
+    from huggingface_hub import errors
+
+    class Raised(getattr(errors, kind)):
+        def __init__(self):  # not asking for the response that it came with
+            Exception.__init__(self, "no route\nto host")
+
+    hub.error = Raised()
+    with pytest.raises(InputError, match=message) as caught:
+        hf.fetch("someone/model")
+    assert "\n" not in str(caught.value)
+
+
+def test_without_a_network_the_real_hub_library_says_so(tmp_path):
+    """HF_HUB_OFFLINE is set for every test."""
+    with pytest.raises(InputError, match="'someone/model'.*cannot be fetched"):
+        hf.fetch("someone/model", cache_dir=str(tmp_path))
+
+
 # --- Configs --------------------------------------------------------------------------
 
 
-@both
+@each
 def test_a_config_passes_through_transformers(tmp_path, config):
     from transformers import AutoConfig
 
@@ -246,7 +497,7 @@ def test_what_we_do_not_compute_is_refused(tmp_path, config, name, value):
 @pytest.mark.parametrize("model_type", ["bloom", None])
 def test_another_family_is_refused(tmp_path, model_type):
     write_config(tmp_path, {"model_type": model_type, "vocab_size": 7})
-    with pytest.raises(InputError, match=f"{model_type!r}.*gpt2, roberta"):
+    with pytest.raises(InputError, match=f"{model_type!r}.*gpt2, llama, .*roberta"):
         hf.read_config(tmp_path)
 
 

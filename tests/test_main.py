@@ -73,7 +73,6 @@ MISTAKES = {
         ["train", "CONFIG", "--mesh.tensor", "8"],
         "cannot be cut into 8 parts",
     ),
-    "warm-up": (["train", "CONFIG", "--steps", "5"], "schedule.warmup = 5"),
     "no run": (["eval", "nowhere"], "nowhere holds no run"),
     "no checkpoint": (["generate", "RUN"], "has no checkpoints yet"),
 }
@@ -85,7 +84,8 @@ def test_a_mistake_is_one_clear_message(name, config_file, tmp_path, capsys):
     names = {"CONFIG": config_file(), "RUN": str(tmp_path / "run")}
     if "RUN" in arguments:
         assert main(["tokenizer", names["CONFIG"]]) == 0
-        from lm_scale.config import load_config, write_config
+        from lm_scale.config import load_config
+        from lm_scale.run_json import write_config
 
         write_config(load_config(names["CONFIG"], [], prog="test"))
     status = main([names.get(argument, argument) for argument in arguments])
@@ -111,18 +111,40 @@ def test_a_misspelt_override_names_what_was_meant(config_file, capsys):
     assert "--model.layers" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["train", "tokenizer", "prepare"])
+@pytest.mark.parametrize("command", ["train", "prepare"])
 def test_help_without_a_config(command, capsys):
     assert main([command, "--help"]) == 0
     assert "CONFIG" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["eval", "generate", "export"])
-def test_help_of_run_commands(command, capsys):
+@pytest.mark.parametrize(
+    ("command", "word"),
+    [("eval", "RUN_DIR"), ("generate", "RUN_DIR"), ("export", "RUN_DIR"),
+     ("tokenizer", "--corpus.source"), ("tokenizer", "CONFIG"), ("config", "NAME"),
+     ("mlm", "--max_seq_length"), ("clm", "--block_size")],
+)  # fmt: skip
+def test_help_of_commands_with_options(command, word, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0
-    assert "RUN" in capsys.readouterr().out.upper()
+    assert word in capsys.readouterr().out
+
+
+def test_tokenizer_and_config_make_a_models_folder(tmp_path, capsys):
+    """The walk-through's two first steps, which `mlm` and `clm` take from there."""
+    corpus, out = write_corpus(tmp_path), str(tmp_path / "model")
+    sizes = ["vocab_size=300", "hidden_size=24", "num_hidden_layers=2"]
+    assert main(["config", "roberta-base", *sizes, "--out", out]) == 0
+    assert "parameters" in capsys.readouterr().out
+    flags = ["--out", out, "--vocab-size", "300", "--corpus.source", str(corpus)]
+    assert main(["tokenizer", *flags]) == 0
+    assert "eos/sep </s> 2" in capsys.readouterr().out
+    assert main(["tokenizer", *flags]) == 2
+    assert "already holds a tokenizer" in capsys.readouterr().err
+    assert main(["tokenizer", *flags, "--overwrite"]) == 0
+    assert main(["config", "gpt2", "--out", out]) == 2
+    assert main(["config", "gpt2", "n_layers=2", "--out", str(tmp_path / "b")]) == 2
+    assert "n_layer" in capsys.readouterr().err
 
 
 def test_top_level_help_and_unknown_command(capsys):
@@ -150,3 +172,35 @@ def test_a_signal_saves_and_exits_75(config_file, tmp_path):
     assert "saved" in rest and "Traceback" not in rest
     (step,) = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert int(step) >= 3
+
+
+def test_an_interrupt_in_a_callback_is_heard_again():
+    """Ctrl-C while a library's callback runs: Python reports it and goes on."""
+    code = (
+        "import signal, threading, weakref, lm_scale.__main__ as m\n"
+        # A shell's background job (`... &`) starts with SIGINT ignored, and stays so.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "m.hear_interrupts()\n"
+        "class Thing: pass\n"
+        "def interrupt(_): raise KeyboardInterrupt\n"
+        "thing = Thing()\n"
+        "ref = weakref.ref(thing, interrupt)\n"
+        "try:\n"
+        "    del thing\n"
+        "    threading.Event().wait(60)\n"
+        "    print('lost')\n"
+        "except KeyboardInterrupt:\n"
+        "    print('heard')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "heard\n" and "Exception ignored" not in done.stderr
+
+
+def test_too_little_memory_is_one_clear_message(config_file, monkeypatch, capsys):
+    def full(config):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.")
+
+    monkeypatch.setattr("lm_scale.trainer.train", full)
+    assert main(["train", config_file()]) == 1
+    shown = capsys.readouterr().err
+    assert "memory is too small" in shown and "allocating 7 bytes" in shown

@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import signal
 from pathlib import Path
 
 import jax
@@ -13,9 +14,10 @@ from tiny import causal_run, masked_run
 
 from lm_scale import hf
 from lm_scale.checkpoint import Checkpoints
-from lm_scale.config import read_run
 from lm_scale.errors import InputError
+from lm_scale.evaluate import evaluate
 from lm_scale.models import build_model
+from lm_scale.run_json import read_run
 from lm_scale.runs import open_run
 from lm_scale.sharding import MeshShape, flatten
 from lm_scale.trainer import train
@@ -54,7 +56,7 @@ def test_a_run_learns_and_says_so(straight):
 
 def test_the_export_holds_the_final_weights(straight):
     config, _, _ = straight
-    folder = Path(config.run_dir) / "hf"
+    folder = Path(config.run_dir)
     assert hf.read_config(folder) == config.model
     model = build_model(config.model, config.compute)
     exported = flatten(hf.read_params(folder, model))
@@ -130,7 +132,7 @@ def test_another_config_is_refused_by_field(straight):
 
 def test_init_from_a_hugging_face_folder(straight, tmp_path):
     config, outcome, make = straight
-    folder = Path(config.run_dir) / "hf"
+    folder = Path(config.run_dir)
     data = dataclasses.replace(  # the weights' own tokenizer
         config.data,
         tokenizer=dataclasses.replace(config.data.tokenizer, path=str(folder)),
@@ -144,7 +146,7 @@ def test_init_from_a_hugging_face_folder(straight, tmp_path):
 
 def test_init_from_another_architecture_names_the_fields(straight, tmp_path):
     config, _, make = straight
-    folder = str(Path(config.run_dir) / "hf")
+    folder = str(Path(config.run_dir))
     wide = dataclasses.replace(config.model, mlp=64)
     with pytest.raises(InputError, match="mlp: 48 there, 64 here"):
         train(make(tmp_path, init_from=folder, model=wide), QUIET)
@@ -200,3 +202,56 @@ def test_other_tokens_under_a_checkpoint_are_refused(tmp_path):
         corpus.writelines(f"line {i} was not there before\n" for i in range(40))
     with pytest.raises(InputError, match="trained on other tokens"):
         train(dataclasses.replace(config, stop_at=2), QUIET)
+
+
+def test_what_a_run_reports_and_keeps(tmp_path):
+    config = causal_run(
+        tmp_path, steps=5, log_every=4, log_first=True, report_to=(), keep=None,
+        save_every=1, eval_at_end=False, eval_every=None,
+    )  # fmt: skip
+    train(config, QUIET)
+    folder = Path(config.run_dir)
+    assert [line["step"] for line in lines(folder, "train")] == [1, 4, 5]
+    assert lines(folder, "eval") == [] and not list(folder.glob("events*"))
+    assert not (folder / "data/validation").exists()
+    assert not (folder / "eval_results.json").exists()
+    saved = {int(path.name) for path in (folder / "checkpoints").iterdir()}
+    assert saved == {1, 2, 3, 4, 5}
+
+
+def test_going_on_from_another_run_s_checkpoint(straight, tmp_path):
+    config, _, _ = straight
+    point = f"{config.run_dir}/checkpoints/20"
+
+    def fork(name: str, **changes):
+        folder = str(tmp_path / name)
+        changes = {"run_dir": folder, "resume_from": point, **changes}
+        return dataclasses.replace(config, **changes)
+
+    forked = fork("fork")
+    assert train(forked, QUIET).finished
+    ends = final_params(config.run_dir), final_params(forked.run_dir)
+    for path, value in ends[0].items():
+        np.testing.assert_array_equal(ends[1][path], value, err_msg=path)
+    assert lines(forked.run_dir, "train")[0]["step"] == 21
+    with pytest.raises(InputError, match="expected the folder of a run"):
+        train(fork("a", resume_from=point[:-2] + "7"), QUIET)
+    with pytest.raises(InputError, match="seed: 42 there, 3 here"):
+        train(fork("b", seed=3), QUIET)
+
+
+def test_a_signal_during_an_evaluation_stops_it_and_saves(tmp_path, monkeypatch):
+    config = causal_run(tmp_path, steps=6, eval_every=4, save_every=None)
+
+    def interrupted(*given):
+        signal.raise_signal(signal.SIGINT)
+        return evaluate(*given)
+
+    for step in (4, 6):  # within the run, and the one at its end
+        with monkeypatch.context() as patch:
+            patch.setattr("lm_scale.trainer.evaluate", interrupted)
+            outcome = train(config, QUIET)
+        assert outcome.interrupted and not outcome.finished and outcome.step == step
+        assert lines(config.run_dir, "eval") == []
+    assert train(config, QUIET).finished
+    assert [line["step"] for line in lines(config.run_dir, "eval")] == [6]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches: a pure function of (config, step).
 
-The corpus is cut into examples of `seq_len` tokens. Every epoch visits each of them
+The corpus is a list of examples (data/examples.py). Every epoch visits each of them
 once, in an order that a keyed permutation gives without being stored; batches run on
 across the end of an epoch. So the position in the data *is* the step number: resuming
 needs nothing else, any batch can be made again by its number, and each process makes
@@ -17,8 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from lm_scale.data.store import TokenStore
-from lm_scale.errors import InputError
+from lm_scale.data.examples import Source
 from lm_scale.objectives import IGNORE, Objective, Vocabulary
 from lm_scale.sharding import Rules
 
@@ -30,22 +29,15 @@ class Batches:
 
     def __init__(
         self,
-        store: TokenStore,
+        source: Source,
         objective: Objective,
         vocabulary: Vocabulary,
         *,
-        seq_len: int,
         batch: int,
         seed: int,
     ):
-        self.store, self.objective, self.vocabulary = store, objective, vocabulary
-        self.seq_len, self.batch, self.seed = seq_len, batch, seed
-        self.examples = store.num_tokens // seq_len  # the last, shorter piece is left
-        if self.examples == 0:
-            raise InputError(
-                f"{store.path} holds {store.num_tokens} tokens, fewer than one "
-                f"sequence of {seq_len}. Give more text or shorten `seq_len`."
-            )
+        self.source, self.objective, self.vocabulary = source, objective, vocabulary
+        self.batch, self.seed, self.examples = batch, seed, len(source)
 
     def order(self, epoch: int, places: np.ndarray) -> np.ndarray:
         """Numbers of the examples that stand at these places of an epoch's order."""
@@ -57,33 +49,56 @@ class Batches:
         ]
         return np.array(numbers, np.int64)
 
-    def make(self, epochs: np.ndarray, numbers: np.ndarray) -> HostBatch:
-        """Examples by number, with the noise of their epochs; rows in that order."""
-        blocks = self.store.read_blocks(numbers * self.seq_len, self.seq_len)
-        examples = [
+    def make(self, epochs: np.ndarray, numbers: np.ndarray, width: int) -> HostBatch:
+        """Examples by number, with the noise of their epochs; rows in that order.
+
+        Shorter examples are padded to `width`. Where the source has such, `segments`
+        is 1 at their tokens and 0 at the padding.
+        """
+        texts = self.source.read(numbers)
+        rows = [
             self.objective.example(
                 tokens, self.vocabulary, (self.seed, int(epoch), int(number))
             )
-            for tokens, epoch, number in zip(blocks, epochs, numbers, strict=True)
+            for tokens, epoch, number in zip(texts, epochs, numbers, strict=True)
         ]
-        return {
-            name: np.stack([example[name] for example in examples])
-            for name in examples[0]
+        fill = {"tokens": self.vocabulary.pad_id or 0, "labels": IGNORE}
+        batch = {
+            name: np.stack([_padded(row[name], width, value) for row in rows])
+            for name, value in fill.items()
         }
+        if self.source.padded:
+            lengths = np.array([tokens.size for tokens in texts])
+            real = np.arange(width) < lengths[:, None]
+            batch["segments"] = real.astype(np.int32)
+        return batch
+
+
+def _padded(values: np.ndarray, width: int, fill: int) -> np.ndarray:
+    missing = width - values.size
+    return np.pad(values, (0, missing), constant_values=fill) if missing else values
 
 
 class TrainBatches(Batches):
     """Endless shuffled epochs."""
 
-    def rows(self, step: int, rows: Sequence[int]) -> HostBatch:
-        """These rows of the batch of a step (counted from 0)."""
+    def place(self, step: int, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Epochs and example numbers of these rows of the batch of a step."""
         places = step * self.batch + np.asarray(rows, np.int64)
         epochs = places // self.examples
         numbers = np.empty_like(places)
         for epoch in np.unique(epochs):
             here = epochs == epoch
             numbers[here] = self.order(int(epoch), places[here] % self.examples)
-        return self.make(epochs, numbers)
+        return epochs, numbers
+
+    def rows(self, step: int, rows: Sequence[int]) -> HostBatch:
+        """These rows of the batch of a step (counted from 0)."""
+        # The width is that of the whole batch, whoever makes the other rows.
+        width = self.source.fixed_width or self.source.width(
+            self.place(step, range(self.batch))[1]
+        )
+        return self.make(*self.place(step, rows), width)
 
 
 class EvalBatches(Batches):
@@ -94,10 +109,14 @@ class EvalBatches(Batches):
 
     def rows(self, step: int, rows: Sequence[int]) -> HostBatch:
         """These rows of batch `step`; rows behind the last example have no labels."""
-        numbers = step * self.batch + np.asarray(rows, np.int64)
-        real = numbers < self.examples
-        numbers = np.minimum(numbers, self.examples - 1)
-        batch = self.make(np.zeros_like(numbers), numbers)
+        first, last = step * self.batch, self.examples - 1
+        width = self.source.fixed_width or self.source.width(
+            np.arange(first, min(first + self.batch, self.examples))
+        )
+        numbers = first + np.asarray(rows, np.int64)
+        real = numbers <= last
+        numbers = np.minimum(numbers, last)
+        batch = self.make(np.zeros_like(numbers), numbers, width)
         batch["labels"] = np.where(real[:, None], batch["labels"], np.int32(IGNORE))
         return batch
 
@@ -123,21 +142,24 @@ def device_batches(
     start: int,
     stop: int,
 ) -> Iterator[dict[str, jax.Array]]:
-    """The global batches of steps start .. stop - 1, int32 [batch seq_len] on the mesh.
+    """The global batches of steps start .. stop - 1, int32 [batch T] on the mesh.
 
     Made ahead of time by threads; each process reads the rows of its own devices.
     """
     if start >= stop:
         return
-    sharding = NamedSharding(mesh, rules.spec("batch", "seq"))
-    shape = (batches.batch, batches.seq_len)
-    slices: Any = sharding.addressable_devices_indices_map(shape).values()
-    rows = sorted({row for s in slices for row in range(*s[0].indices(shape[0]))})
+    by_row = NamedSharding(mesh, rules.spec("batch"))
+    slices: Any = by_row.addressable_devices_indices_map((batches.batch,)).values()
+    rows = sorted({row for s in slices for row in range(*s[0].indices(batches.batch))})
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
     local: Any = LocalRows(batches, rows, stop)  # all that grain asks of a source
     source = grain.MapDataset.source(local)
+    sharding = NamedSharding(mesh, rules.spec("batch", "seq"))
     for host in source[start:].to_iter_dataset(options):
-        yield {name: _global(x, rows, shape, sharding) for name, x in host.items()}
+        yield {
+            name: _global(x, rows, (batches.batch, x.shape[1]), sharding)
+            for name, x in host.items()
+        }
 
 
 def _global(local: np.ndarray, rows: list[int], shape, sharding) -> jax.Array:

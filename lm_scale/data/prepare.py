@@ -6,8 +6,8 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,13 +27,23 @@ _BATCH_DOCUMENTS = 1000
 _BATCH_CHARACTERS = 1 << 22  # whole books must not add up to gigabytes
 
 
+@dataclass(frozen=True)
+class Most:
+    """Where to stop reading a part; None: at its end."""
+
+    documents: int | None = None
+    tokens: int | None = None  # the batch of documents that reaches it is the last
+
+
 def prepare(
     corpus: CorpusConfig,
     tokenizer: "PreTrainedTokenizerFast",
     out: str | Path,
     *,
-    parts: Sequence[Part] = ("train", "validation"),
+    parts: Mapping[Part, Most] | None = None,
     separator: bool = True,
+    cache_dir: str | None = None,
+    workers: int | None = None,
     console: Console | None = None,
 ) -> dict[Part, Manifest]:
     """Tokenizes the parts of a corpus into the token stores `out/<part>`.
@@ -44,6 +54,9 @@ def prepare(
     A part that is there already, made from the same corpus by the same tokenizer, is
     kept; the text itself is not compared. `out` is a folder or a url (gs://, s3://).
 
+    parts: those to make, and how much of them (default: all of both).
+    cache_dir, workers: of `documents`; the workers are also the tokenizer's threads
+    (default: one a CPU), but only the first call of a process can set those.
     console takes the progress, shown if it is a terminal, and a closing line for each
     part (default: standard output).
 
@@ -53,6 +66,9 @@ def prepare(
         row are found before the first token is written.
     """
     console = console or Console()
+    parts = {"train": Most(), "validation": Most()} if parts is None else parts
+    if workers is not None:
+        os.environ["RAYON_NUM_THREADS"] = str(workers)
     end = _end_of_text(tokenizer) if separator else None
     origin = {
         "tokenizer_hash": tokenizer_hash(tokenizer),
@@ -61,12 +77,14 @@ def prepare(
     }
     manifests: dict[Part, Manifest] = {}
     streams: dict[Part, Iterator[str]] = {}
-    for part in parts:
-        path, source = _path(out, part), asdict(corpus) | {"part": part}
+    for part, most in parts.items():
+        path, source = _path(out, part), _source(corpus, part, most)
         manifest = read_manifest(path)
         if manifest is None:
             _check_free(path)
-            streams[part] = _nonempty(documents(corpus, part), part)
+            texts = documents(corpus, part, cache_dir=cache_dir, workers=workers)
+            texts = itertools.islice(texts, most.documents)
+            streams[part] = _nonempty(texts, part)
         else:
             _check_same(path, manifest, origin | {"source": source})
             manifests[part] = manifest
@@ -74,14 +92,22 @@ def prepare(
 
     encode = _encoder(tokenizer, end)
     for part, texts in streams.items():
-        path, source = _path(out, part), asdict(corpus) | {"part": part}
+        path, source = _path(out, part), _source(corpus, part, parts[part])
         start = time.perf_counter()
         manifests[part] = _build(
-            path, texts, encode, origin | {"source": source}, console
+            path, texts, encode, origin | {"source": source}, parts[part], console
         )
         seconds = time.perf_counter() - start
         _say(console, f"{part}: {_summary(manifests[part])}, {seconds:.1f} s")
     return manifests
+
+
+def _source(corpus: CorpusConfig, part: Part, most: Most) -> dict[str, Any]:
+    """What a store was made of, as its manifest keeps it."""
+    limits = {f"most_{name}": x for name, x in asdict(most).items() if x is not None}
+    fields = asdict(corpus)
+    del fields["streaming"]  # another way to the same text
+    return fields | {"part": part} | limits
 
 
 def _path(out: str | Path, part: Part) -> str:
@@ -103,7 +129,8 @@ def _nonempty(texts: Iterator[str], part: Part) -> Iterator[str]:
     if first is None:
         advice = {
             "train": "lower validation_fraction",
-            "validation": "raise validation_fraction or give a validation_source",
+            "validation": "raise validation_fraction, give a validation_source, or do "
+            "without evaluation",
         }
         raise InputError(f"no document falls to {part}; {advice[part]}.")
     return itertools.chain([first], texts)
@@ -155,6 +182,7 @@ def _build(
     texts: Iterator[str],
     encode: Callable[[list[str]], list[list[int]]],
     fields: dict[str, Any],
+    most: Most,
     console: Console,
 ) -> Manifest:
     """Writes one store: locally beside its place, then renamed into it."""
@@ -166,6 +194,8 @@ def _build(
         with StoreWriter(scratch, vocab_size=fields["vocab_size"]) as writer:
             for ids in _tracked(map(encode, _batches(texts)), source["part"], console):
                 writer.append(ids)
+                if most.tokens is not None and writer.tokens >= most.tokens:
+                    break
             manifest = writer.finish(
                 tokenizer_hash=fields["tokenizer_hash"],
                 separator=fields["separator"],

@@ -94,6 +94,11 @@ class StoreWriter:
     def __exit__(self, *exception) -> None:
         """Nothing to release: without a manifest the folder is known as incomplete."""
 
+    @property
+    def tokens(self) -> int:
+        """Tokens so far."""
+        return self._tokens.size
+
     def append(self, documents: Sequence[np.ndarray | Sequence[int]]) -> None:
         """Adds documents, each a sequence of token ids.
 
@@ -203,16 +208,35 @@ class TokenStore:
             row[:] = read.result()
         return blocks
 
-    def document(self, index: int) -> np.ndarray:
-        """The tokens of document `index` (from 0) as int32.
+    def documents(self, indices: np.ndarray) -> list[np.ndarray]:
+        """The tokens of these documents (counted from 0), int32, read concurrently.
 
         Raises:
           IndexError: there is no such document.
         """
-        if not 0 <= index < self.num_documents:
-            raise IndexError(f"document {index} of {self.num_documents}")
-        start, end = self._offsets[index : index + 2].read().result().tolist()
-        return self.read(start, end - start)
+        spans = self._spans(indices)
+        with ts.Batch() as batch:
+            reads = [self._tokens[a:b].read(batch=batch) for a, b in spans.tolist()]
+        return [read.result().astype(np.int32) for read in reads]
+
+    def lengths(self, indices: np.ndarray) -> np.ndarray:
+        """Number of tokens of these documents, int64 [n]."""
+        spans = self._spans(indices)
+        return spans[:, 1] - spans[:, 0]
+
+    def _spans(self, indices: np.ndarray) -> np.ndarray:
+        """First and last + 1 token of each document, int64 [n 2]."""
+        indices, last = np.asarray(indices), self.num_documents - 1
+        if indices.size and not 0 <= indices.min() <= indices.max() <= last:
+            raise IndexError(
+                f"documents {indices.min()} to {indices.max()} of {self.num_documents}"
+            )
+        with ts.Batch() as batch:
+            reads = [
+                self._offsets[index : index + 2].read(batch=batch)
+                for index in indices.tolist()
+            ]
+        return np.array([read.result() for read in reads]).reshape(-1, 2)
 
 
 def read_manifest(path: str | Path) -> Manifest | None:

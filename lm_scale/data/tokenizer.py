@@ -9,7 +9,6 @@ every text comes back whole.
 import hashlib
 import itertools
 import json
-import sys
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -35,6 +34,9 @@ _ROLES = {
         "<mask>": ("mask_token",),
     },
 }
+# One of these makes a folder a tokenizer's. (Of a config.json alone transformers would
+# make an empty one.)
+_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
 _BYTES = 256  # the initial alphabet of a byte-level vocabulary
 
 
@@ -101,7 +103,7 @@ def train_tokenizer(
         min_frequency=config.min_frequency,
         special_tokens=special,
         initial_alphabet=ByteLevel.alphabet(),
-        show_progress=sys.stderr.isatty(),
+        show_progress=False,  # data/recipe.py shows more
     )
     backend.train_from_iterator(itertools.chain([first], texts), trainer)
     if config.kind == "roberta":
@@ -124,12 +126,15 @@ def train_tokenizer(
     return _with_roles(backend, max_length)
 
 
-def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
+def load_tokenizer(
+    path: str | Path, *, cache_dir: str | None = None
+) -> "PreTrainedTokenizerFast":
     """Loads a tokenizer from a folder, a plain tokenizer.json or the hub.
 
     A tokenizer.json does not say which token ends a text or fills a batch: without a
     tokenizer_config.json beside it the roles go to <|endoftext|>, <s>, <pad>, </s>,
     <unk> and <mask> by name. Code that comes with a tokenizer is never run.
+    cache_dir: of downloads; None: Hugging Face's default.
 
     Raises:
       InputError: there is no tokenizer, it is broken, or it has no fast form.
@@ -144,12 +149,18 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
     # Alone, a tokenizer.json is the whole truth: AutoTokenizer would rebuild it after
     # the model class that a config.json beside it names.
     plain = local if local.is_file() else local / "tokenizer.json"
+    if local.is_dir() and not any((local / name).exists() for name in _FILES):
+        raise InputError(
+            f"no tokenizer in {path}: the folder has none of {', '.join(_FILES)}."
+        )
     alone = local.is_file() or not (local / "tokenizer_config.json").exists()
     try:
         if plain.is_file() and alone:
             return _with_roles(Tokenizer.from_file(str(plain)))
         name = str(local) if local.exists() else str(path)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, trust_remote_code=False, cache_dir=cache_dir
+        )
     except Exception as error:  # the libraries raise bare Exception for a broken file
         raise InputError(
             f"cannot load a tokenizer from {path}: expected a folder that "
@@ -178,6 +189,28 @@ def tokenizer_hash(tokenizer: "PreTrainedTokenizerFast") -> str:
 def vocabulary_size(tokenizer: "PreTrainedTokenizerFast") -> int:
     """One more than the highest id: the rows that an embedding needs at least."""
     return max(tokenizer.get_vocab().values()) + 1
+
+
+def describe_roles(tokenizer: "PreTrainedTokenizerFast") -> str:
+    """One line that says which token plays which role, for a person to check."""
+    roles: dict[str, list[str]] = {}
+    for role, token in sorted(tokenizer.special_tokens_map.items()):
+        if isinstance(token, str):  # further special tokens are a list, without a role
+            roles.setdefault(token, []).append(role.removesuffix("_token"))
+    ids = {token: tokenizer.get_vocab()[token] for token in roles}
+    played = [
+        f"{'/'.join(roles[token])} {token} {ids[token]}"
+        for token in sorted(roles, key=lambda token: ids[token])
+    ]
+    bare = tokenizer.encode("a", add_special_tokens=False)
+    whole = tokenizer.encode("a")
+    tokens = tokenizer.convert_ids_to_tokens(whole)
+    around = ["..." if i in bare else t for i, t in zip(whole, tokens, strict=True)]
+    return (
+        f"tokenizer: {len(tokenizer):,} tokens; "
+        f"{', '.join(played) or 'no token has a role'}; adds "
+        f"{'no special tokens' if whole == bare else ' '.join(around)} around a text"
+    )
 
 
 def _with_roles(backend: "Tokenizer", max_length: int | None = None):

@@ -3,20 +3,21 @@
 
 from dataclasses import dataclass
 
-from lm_scale.models import gpt2, roberta
+from lm_scale.models import gpt2, llama, roberta
 from lm_scale.models.gpt2 import GPT2, GPT2Config
 from lm_scale.models.layers import Compute, HFWeight
+from lm_scale.models.llama import Llama, LlamaConfig
 from lm_scale.models.roberta import Roberta, RobertaConfig
 
-ModelConfig = GPT2Config | RobertaConfig
-Model = GPT2 | Roberta
+ModelConfig = GPT2Config | LlamaConfig | RobertaConfig
+Model = GPT2 | Llama | Roberta
 
 
 @dataclass(frozen=True)
 class Family:
     """What the rest of the program has to know of a family."""
 
-    hf_type: str  # `model_type` in a Hugging Face config.json
+    hf_types: tuple[str, ...]  # `model_type`s in a Hugging Face config.json
     config: type
     module: type
     hf_names: dict[str, HFWeight]
@@ -24,9 +25,11 @@ class Family:
 
 
 FAMILIES = (
-    Family("gpt2", GPT2Config, GPT2, gpt2.HF_NAMES, causal=True),
-    Family("roberta", RobertaConfig, Roberta, roberta.HF_NAMES, causal=False),
+    Family(("gpt2",), GPT2Config, GPT2, gpt2.HF_NAMES, causal=True),
+    Family(llama.HF_TYPES, LlamaConfig, Llama, llama.HF_NAMES, causal=True),
+    Family(("roberta",), RobertaConfig, Roberta, roberta.HF_NAMES, causal=False),
 )
+HF_TYPES = tuple(name for family in FAMILIES for name in family.hf_types)
 
 
 def family_of(config: ModelConfig) -> Family:

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from lm_scale.errors import InputError
-from lm_scale.models.attention import attention, causal_mask, segment_mask
+from lm_scale.models.attention import Cache, attention, causal_mask, segment_mask
 from lm_scale.models.layers import (
     Compute,
     LayerNorm,
@@ -114,16 +114,6 @@ _HF_SUPPORTED = {
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
 }
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Cache:
-    """Keys and values of the tokens so far, for generation."""
-
-    k: Float[Array, "L B S H N"]
-    v: Float[Array, "L B S H N"]
-    length: Int[Array, ""]  # tokens already in it
 
 
 class Block(nnx.Module):

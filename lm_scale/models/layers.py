@@ -79,6 +79,20 @@ class LayerNorm(nnx.Module):
         return (normed * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
+class RMSNorm(nnx.Module):
+    """Division by the root mean square of the last axis, in f32 (Zhang et al. 2019)."""
+
+    def __init__(self, features: int, epsilon: float):
+        self.epsilon = epsilon
+        self.scale = param((features,), (None,), ones, decay=False)
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        x32 = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x32), -1, keepdims=True)
+        normed = x32 * jax.lax.rsqrt(mean_square + self.epsilon)
+        return (normed * self.scale[...]).astype(x.dtype)
+
+
 def dropout(x: Float[Array, "*D"], rate: float, key: Key[Array, ""] | None):
     """Zeroes a share `rate` of `x` and scales the rest up; no key, no dropout.
 

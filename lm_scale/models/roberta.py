@@ -72,6 +72,11 @@ class RobertaConfig:
                     f"RoBERTa config: {name} = {hf[name]!r} is not supported "
                     f"(supported: {', '.join(map(repr, supported))})."
                 )
+        if hf["pad_token_id"] is None:
+            raise InputError(
+                "RoBERTa config: pad_token_id is null, but positions are counted from "
+                "it. Set it to the tokenizer's padding token (1 in roberta-base)."
+            )
         return cls(
             vocab=hf["vocab_size"],
             positions=hf["max_position_embeddings"] - hf["pad_token_id"] - 1,

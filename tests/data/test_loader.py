@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
+from lm_scale.data.examples import Blocks
 from lm_scale.data.loader import EvalBatches, TrainBatches, device_batches
 from lm_scale.data.store import StoreWriter, TokenStore
 from lm_scale.errors import InputError
@@ -32,16 +33,14 @@ def store(tmp_path_factory):
 
 def train_batches(store, *, objective=None, batch=4, seed=0, seq_len=SEQ):
     objective = objective or CausalLM()
-    return TrainBatches(
-        store, objective, VOCABULARY, seq_len=seq_len, batch=batch, seed=seed
-    )
+    source = Blocks(store, seq_len)
+    return TrainBatches(source, objective, VOCABULARY, batch=batch, seed=seed)
 
 
 def eval_batches(store, *, objective=None, batch=4, seed=0):
     objective = objective or CausalLM()
-    return EvalBatches(
-        store, objective, VOCABULARY, seq_len=SEQ, batch=batch, seed=seed
-    )
+    source = Blocks(store, SEQ)
+    return EvalBatches(source, objective, VOCABULARY, batch=batch, seed=seed)
 
 
 def numbers_of(batch):

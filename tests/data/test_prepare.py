@@ -10,7 +10,7 @@ from rich.console import Console
 
 import lm_scale.data.prepare as module
 from lm_scale.data.corpus import CorpusConfig, documents
-from lm_scale.data.prepare import prepare
+from lm_scale.data.prepare import Most, prepare
 from lm_scale.data.store import TokenStore
 from lm_scale.data.tokenizer import TokenizerConfig, tokenizer_hash, train_tokenizer
 from lm_scale.errors import InputError
@@ -42,7 +42,8 @@ def quiet():
 
 def stored(path):
     store = TokenStore.open(path)
-    return [store.document(i).tolist() for i in range(store.num_documents)]
+    everyone = np.arange(store.num_documents)
+    return [tokens.tolist() for tokens in store.documents(everyone)]
 
 
 @pytest.mark.parametrize("part", ["train", "validation"])
@@ -73,7 +74,7 @@ def test_both_parts_are_the_whole_corpus(corpus, gpt2, quiet, tmp_path):
 def test_a_template_that_ends_the_text_gets_no_second_end(
     corpus, roberta, quiet, tmp_path
 ):
-    prepare(corpus, roberta, tmp_path / "out", parts=["train"], console=quiet)
+    prepare(corpus, roberta, tmp_path / "out", parts={"train": Most()}, console=quiet)
     texts = documents(corpus, "train")
     expected = [roberta(text)["input_ids"] for text in texts]  # <s> ... </s>
     assert stored(tmp_path / "out/train") == expected
@@ -89,7 +90,7 @@ def test_without_separator_a_document_is_its_encoding(corpus, gpt2, quiet, tmp_p
 def test_text_that_looks_like_a_special_token_stays_text(gpt2, quiet, tmp_path):
     (tmp_path / "a.txt").write_text("a<|endoftext|>b\n")
     corpus = CorpusConfig(source=str(tmp_path / "a.txt"), validation_fraction=0)
-    prepare(corpus, gpt2, tmp_path / "out", parts=["train"], console=quiet)
+    prepare(corpus, gpt2, tmp_path / "out", parts={"train": Most()}, console=quiet)
     (ids,) = stored(tmp_path / "out/train")
     assert ids.count(gpt2.eos_token_id) == 1
     assert gpt2.decode(ids[:-1]) == "a<|endoftext|>b\n"
@@ -153,7 +154,7 @@ def test_a_different_store_is_refused_with_its_differences(
 
 
 def test_an_empty_part_is_refused_before_any_work(corpus, gpt2, quiet, tmp_path):
-    with pytest.raises(InputError, match="raise validation_fraction or give"):
+    with pytest.raises(InputError, match="raise validation_fraction, give"):
         prepare(
             replace(corpus, validation_fraction=0),
             gpt2,
@@ -168,7 +169,7 @@ def test_a_failure_leaves_nothing_behind(gpt2, quiet, tmp_path):
     (tmp_path / "c.csv").write_text("other\nwrong\n")
     corpus = CorpusConfig(source=str(tmp_path / "*.csv"), validation_fraction=0)
     with pytest.raises(InputError, match="no column 'text'"):
-        prepare(corpus, gpt2, tmp_path / "out", parts=["train"], console=quiet)
+        prepare(corpus, gpt2, tmp_path / "out", parts={"train": Most()}, console=quiet)
     assert not list((tmp_path / "out").iterdir())
 
 

@@ -40,7 +40,7 @@ def test_round_trip_across_chunks_and_shards(tmp_path):
     assert (store.num_tokens, store.num_documents) == (flat.size, 101)
     np.testing.assert_array_equal(store.read(0, flat.size), flat)
     for i, document in enumerate(documents):
-        np.testing.assert_array_equal(store.document(i), document)
+        np.testing.assert_array_equal(store.documents([i])[0], document)
 
 
 @pytest.mark.parametrize("length", [1, 5, 8, 13, 64, 100])
@@ -61,7 +61,7 @@ def test_blocks_start_anywhere(tmp_path, length):
 def test_one_document_of_exactly_a_border(tmp_path, size):
     write(tmp_path / "s", [np.arange(size)])
     np.testing.assert_array_equal(
-        TokenStore.open(tmp_path / "s").document(0), np.arange(size)
+        TokenStore.open(tmp_path / "s").documents([0])[0], np.arange(size)
     )
 
 
@@ -69,7 +69,7 @@ def test_default_sizes(tmp_path):
     documents = [np.arange(70_000) % 50_257, [1, 2, 3], []]
     write(tmp_path / "s", documents, vocab_size=50_257, chunk_tokens=1 << 14)
     store = TokenStore.open(tmp_path / "s")
-    assert [store.document(i).size for i in range(3)] == [70_000, 3, 0]
+    assert [store.documents([i])[0].size for i in range(3)] == [70_000, 3, 0]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_reads_outside_are_errors(tmp_path):
             store.read(start, length)
     for index in (-1, 1):
         with pytest.raises(IndexError):
-            store.document(index)
+            store.documents([index])[0]
 
 
 def test_no_blocks_is_an_empty_array(tmp_path):
@@ -151,7 +151,7 @@ def test_an_incomplete_store_is_refused_and_can_be_written_again(tmp_path):
     with pytest.raises(InputError, match="cut short"):
         TokenStore.open(path)
     write(path, [[1, 2]])
-    assert TokenStore.open(path).document(0).tolist() == [1, 2]
+    assert TokenStore.open(path).documents([0])[0].tolist() == [1, 2]
 
 
 def test_a_complete_store_is_not_written_over(tmp_path):

@@ -4,11 +4,18 @@
 import json
 
 import pytest
-from tokenizers import ByteLevelBPETokenizer
-from transformers import AutoTokenizer, GPT2Config, RobertaConfig
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
+from tokenizers.models import BPE
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+)
 
 from lm_scale.data.tokenizer import (
     TokenizerConfig,
+    describe_roles,
     load_tokenizer,
     tokenizer_hash,
     train_tokenizer,
@@ -70,20 +77,72 @@ def test_gpt2_ids_and_no_template():
     assert 0 not in gpt2("a text")["input_ids"]
 
 
-def test_merges_are_those_of_the_reference_recipe(roberta):
-    reference = ByteLevelBPETokenizer()
-    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    reference.train_from_iterator(
-        TEXTS,
-        vocab_size=320,
-        min_frequency=2,
-        special_tokens=special,
+def recipe(vocab_size, min_frequency=2):
+    """The README's snippet: texts in lists of 1000, five special tokens."""
+    tokenizer = ByteLevelBPETokenizer()
+    texts = TEXTS + ODD * 2
+    tokenizer.train_from_iterator(
+        (texts[i : i + 1000] for i in range(0, len(texts), 1000)),
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
         show_progress=False,
     )
-    assert reference.get_vocab() == roberta.get_vocab()
+    return tokenizer
+
+
+@pytest.mark.parametrize("vocab_size", [265, 320, 350])
+def test_vocabulary_and_merges_are_those_of_the_reference_recipe(vocab_size):
+    config = TokenizerConfig(vocab_size=vocab_size, min_frequency=2, kind="roberta")
+    ours = train_tokenizer(TEXTS + ODD * 2, config)
+    reference = recipe(vocab_size)
+    expected = json.loads(reference.to_str())["model"]
+    model = json.loads(ours.backend_tokenizer.to_str())["model"]
+    assert model["vocab"] == expected["vocab"]
+    assert len(expected["vocab"]) == vocab_size
+    assert model["merges"] == expected["merges"]
+    assert len(expected["merges"]) == vocab_size - 261
     for text in TEXTS[:5] + ODD:
-        expected = reference.encode(text).ids
-        assert roberta(text, add_special_tokens=False)["input_ids"] == expected
+        ids = reference.encode(text).ids
+        assert ours(text, add_special_tokens=False)["input_ids"] == ids
+        assert ours(text)["input_ids"] == [0, *ids, 2]
+
+
+@pytest.mark.filterwarnings("ignore:the corpus fills")
+def test_rare_pairs_are_left_alone_as_in_the_reference_recipe():
+    sizes = []
+    for min_frequency in (2, 3):
+        config = TokenizerConfig(None, 5000, min_frequency, "roberta")
+        ours = train_tokenizer(TEXTS + ODD * 2, config)
+        assert ours.get_vocab() == recipe(5000, min_frequency).get_vocab()
+        sizes.append(len(ours))
+    assert sizes[0] > sizes[1]
+
+
+def test_the_file_of_the_reference_recipe_is_taken_and_its_roles_are_said(tmp_path):
+    recipe(320).save(str(tmp_path / "tokenizer.json"))
+    RobertaConfig().save_pretrained(tmp_path)
+    assert describe_roles(load_tokenizer(tmp_path)) == (
+        "tokenizer: 320 tokens; bos/cls <s> 0, pad <pad> 1, eos/sep </s> 2, "
+        "unk <unk> 3, mask <mask> 4; adds no special tokens around a text"
+    )
+
+
+def test_roles_of_ours_are_said(tokenizer):
+    said = describe_roles(tokenizer)
+    if tokenizer.mask_token is None:
+        assert said == (
+            "tokenizer: 320 tokens; bos/eos/unk <|endoftext|> 0; "
+            "adds no special tokens around a text"
+        )
+    else:
+        assert said.endswith("mask <mask> 4; adds <s> ... </s> around a text")
+
+
+def test_a_tokenizer_without_roles_says_so():
+    assert "tokens; no token has a role; adds no" in describe_roles(
+        PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE({"a": 0}, [])))
+    )
 
 
 @pytest.mark.parametrize("text", ODD + TEXTS[:3])
@@ -165,7 +224,9 @@ def test_missing_and_broken_tokenizers_are_refused(tmp_path):
         load_tokenizer(tmp_path / "none")
     with pytest.raises(InputError, match="there is no such file or folder"):
         load_tokenizer("none.json")
-    with pytest.raises(InputError, match="cannot load a tokenizer from"):
+    # Of a config.json alone transformers makes a tokenizer that knows no text.
+    (tmp_path / "config.json").write_text('{"model_type": "roberta"}')
+    with pytest.raises(InputError, match="no tokenizer in .*: the folder has none of"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="cannot load a tokenizer from"):

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run starts from: its mesh, its model, and the newest weights there are."""
+
+import jax
+import optax
+from jax.sharding import Mesh
+from rich.console import Console
+
+from lm_scale import hf
+from lm_scale.checkpoint import Checkpoints
+from lm_scale.config import RunConfig
+from lm_scale.data.loader import TrainBatches
+from lm_scale.errors import InputError, differences
+from lm_scale.metrics import check_reporters
+from lm_scale.models import Model, build_model
+from lm_scale.run_json import resume_point
+from lm_scale.sharding import Params, abstract_params, check_divides, make_mesh
+from lm_scale.step import TrainState, abstract_state, init_state, start_state
+from lm_scale.weight_files import check_weights
+
+
+def set_up(config: RunConfig) -> tuple[Mesh, Model]:
+    """The mesh and the declared model; no weights yet.
+
+    Raises InputError for all that can be found wrong without a look at the text.
+    """
+    config.check()
+    if jax.process_count() > 1:
+        raise InputError(
+            f"{jax.process_count()} processes: several are not supported yet. Start "
+            f"one process that sees all of its machine's devices."
+        )
+    check_reporters(config.report_to)
+    mesh = make_mesh(config.mesh)
+    config.check_mesh(mesh)
+    model = build_model(config.model, config.compute)
+    check_divides(model, config.compute.rules, mesh)
+    if config.init_from is not None:
+        check_init_from(config)
+    return mesh, model
+
+
+def check_init_from(config: RunConfig) -> None:
+    """InputError naming the fields in which the first weights' model is another."""
+    folder = hf.fetch(str(config.init_from), cache_dir=config.data.cache_dir)
+    found = hf.read_config(folder)
+    check_weights(folder)
+    if type(found) is not type(config.model):
+        raise InputError(
+            f"{folder} holds a {type(found).__name__}, the config a "
+            f"{type(config.model).__name__}."
+        )
+    free = {name: None for name in vars(found) if "dropout" in name} | {
+        "init_std": None
+    }
+    wrong = differences(vars(found) | free, vars(config.model) | free)
+    if wrong:
+        raise InputError(
+            f"The model in {folder} is not the config's: {'; '.join(wrong)}."
+        )
+
+
+def first_state(
+    config: RunConfig,
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    saved: Checkpoints,
+    console: Console,
+) -> TrainState:
+    """The state to go on from. To be called under `jax.set_mesh`."""
+    # In this order: this run's checkpoint, another run's, given weights, random ones.
+    if saved.latest() is not None:
+        state = saved.restore(abstract_state(model, optimizer, mesh))
+        console.print(
+            f"Going on from step {int(state.step)} in {saved.directory}", markup=False
+        )
+        return state
+    if config.resume_from is not None:
+        folder, step = resume_point(config.resume_from)
+        with Checkpoints(folder, tokens=saved.tokens) as other:
+            state = other.restore(abstract_state(model, optimizer, mesh), step)
+        console.print(f"Going on from step {int(state.step)} in {folder}", markup=False)
+        return state
+    if config.init_from is not None:
+        params = read_weights(config, model, mesh)
+        return jax.jit(lambda p: start_state(p, optimizer))(params)
+    return jax.jit(lambda: init_state(model, optimizer, config.seed))()
+
+
+def read_weights(config: RunConfig, model: Model, mesh: Mesh) -> Params:
+    """The parameters of `init_from`, on the mesh."""
+    folder = hf.fetch(str(config.init_from), cache_dir=config.data.cache_dir)
+    weights = hf.read_params(folder, model)
+    target = abstract_params(model, config.compute.rules, mesh)
+    return jax.tree.map(lambda x, t: jax.device_put(x, t.sharding), weights, target)
+
+
+def fingerprint(batches: TrainBatches) -> dict[str, str | int]:
+    """What tells the tokens that a checkpoint was trained on from others."""
+    manifest = batches.source.store.manifest
+    return {"tokenizer": manifest.tokenizer_hash, "number": manifest.tokens}
