@@ -175,7 +175,7 @@ def test_neighbours_share_a_key_on_any_mesh(mesh, rules):
 SHAPE = {"vocab": 37, "positions": 9, "layers": 2, "embed": 12, "heads": 3, "mlp": 20}
 MODELS = [
     GPT2Config(**SHAPE),
-    LlamaConfig(**SHAPE, kv_heads=1, head_dim=4, window=3),
+    LlamaConfig(kind="mistral", **SHAPE, kv_heads=1, head_dim=4, window=3),
     RobertaConfig(**SHAPE),
 ]
 

@@ -25,7 +25,7 @@ SHAPE = {"vocab": 46, "positions": 17, "layers": 2, "embed": 12, "heads": 4, "ml
 CONFIGS = {
     "gpt2": GPT2Config(**SHAPE),
     # Each key serves two queries, and is seen from four positions.
-    "llama": LlamaConfig(**SHAPE, kv_heads=2, head_dim=6, window=4),
+    "llama": LlamaConfig(kind="mistral", **SHAPE, kv_heads=2, head_dim=6, window=4),
 }
 MODELS = {
     name: build_model(config, Compute(dtype="float32"))

@@ -207,10 +207,10 @@ UPDATES = 24
 # and type tables; in our own shapes, with layers and heads apart, hardly any would be.
 FACTORED = {"vocab": 300, "positions": 20, "layers": 2, "embed": 128, "heads": 2,
             "mlp": 136}  # fmt: skip
-OPTIONS = dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias", "qk_norm"), True)
+QWEN3 = {"kind": "qwen3", "qkv_bias": True, "out_bias": True, "qk_norm": True}
 FAMILIES = {
     "gpt2": GPT2Config(**FACTORED),
-    "llama": LlamaConfig(**FACTORED, **OPTIONS, kv_heads=1, head_dim=130),
+    "llama": LlamaConfig(**FACTORED, **QWEN3, kv_heads=1, head_dim=130),
     "roberta": RobertaConfig(**FACTORED),
 }
 

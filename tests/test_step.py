@@ -90,12 +90,11 @@ def model_of(family, *, dropout=0.0, **compute):
     if family == "gpt2":
         rates = ("embed_dropout", "attention_dropout", "residual_dropout")
         config = GPT2Config(**SHAPE, **dict.fromkeys(rates, dropout))
-    elif family == "llama":  # all that its relatives have, and two heads for four
+    elif family == "llama":  # its most complex relative, two heads for four
         wide = SHAPE | {"heads": 4, "vocab": 40}
-        options = ("qkv_bias", "out_bias", "mlp_bias", "qk_norm")
         config = LlamaConfig(
-            **wide, **dict.fromkeys(options, True), kv_heads=2, head_dim=6,
-            attention_dropout=dropout,
+            kind="qwen3", **wide, kv_heads=2, head_dim=6, qkv_bias=True, out_bias=True,
+            qk_norm=True, attention_dropout=dropout,
         )  # fmt: skip
     else:
         config = RobertaConfig(**SHAPE, dropout=dropout, attention_dropout=dropout)
@@ -190,7 +189,7 @@ def assert_same_run(found, expected):
 )
 def test_twenty_steps_are_the_same_on_every_mesh(family, mesh):
     expected = run(family)
-    assert expected[0]["loss"][-1] < expected[0]["loss"][0] - 0.2  # it does learn
+    assert expected[0]["loss"][-1] < expected[0]["loss"][0] - 0.15  # it does learn
     assert set(expected[0]["labels"]) == {sum(LABELS_OF_ROW)}
     assert_same_run(run(family, mesh), expected)
 
@@ -287,7 +286,7 @@ UNDECAYED = {
     "llama": {
         "blocks.norm1.scale", "blocks.norm2.scale", "blocks.q_norm.scale",
         "blocks.k_norm.scale", "blocks.q_bias", "blocks.kv_bias", "blocks.out_bias",
-        "blocks.up_bias", "blocks.down_bias", "final_norm.scale",
+        "final_norm.scale",
     },
 }  # fmt: skip
 DECAYED = {

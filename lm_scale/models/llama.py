@@ -62,6 +62,7 @@ class LlamaConfig:
 
     def __post_init__(self):
         check_shape(self)
+        self._check_kind()
         if self.kv_heads < 1 or self.heads % self.kv_heads:
             raise InputError(
                 f"model.heads = {self.heads} must be a multiple of "
@@ -126,11 +127,7 @@ class LlamaConfig:
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """The arguments of `transformers`' config of this kind.
-
-        Raises InputError for a combination that the kind has not.
-        """
-        self._check_kind()
+        """The arguments of `transformers`' config of this kind."""
         rope = {"rope_type": "default"}
         if self.rope_scaling is not None:
             rope = self.rope_scaling.to_hf()
@@ -166,6 +163,11 @@ class LlamaConfig:
         return settings
 
     def _check_kind(self) -> None:
+        """InputError for what `transformers` could not load once it is trained."""
+        if self.kind not in HF_TYPES:
+            raise InputError(
+                f"model.kind = {self.kind!r}: expected one of {', '.join(HF_TYPES)}."
+            )
         always = {"qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
         never = {
             "llama": ("qk_norm", "window"),
@@ -177,18 +179,18 @@ class LlamaConfig:
             if getattr(self, name):
                 raise InputError(
                     f"model.{name} = {getattr(self, name)}: Hugging Face's "
-                    f"{self.kind} has none. Choose another model.kind to export."
+                    f"{self.kind} has none. Choose another model.kind."
                 )
         for name, value in always.get(self.kind, {}).items():
             if getattr(self, name) != value:
                 raise InputError(
                     f"model.{name} = {getattr(self, name)}: Hugging Face's "
-                    f"{self.kind} has it always. Choose another model.kind to export."
+                    f"{self.kind} has it always. Set it, or choose another model.kind."
                 )
         if self.kind in ("llama", "qwen3") and self.out_bias != self.qkv_bias:
             raise InputError(
                 "model.qkv_bias and model.out_bias differ: Hugging Face's "
-                f"{self.kind} has one switch for both."
+                f"{self.kind} has one switch for both. Set them alike."
             )
 
 
