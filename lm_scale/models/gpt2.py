@@ -19,6 +19,7 @@ from lm_scale.models.attention import Cache, attention, causal_mask, segment_mas
 from lm_scale.models.layers import (
     Compute,
     LayerNorm,
+    check_heads,
     check_shape,
     dropout,
     embed,
@@ -49,6 +50,7 @@ class GPT2Config:
 
     def __post_init__(self):
         check_shape(self)
+        check_heads(self)
 
     def train_flops_per_token(self, seq_len: int) -> float:
         """Model FLOPs of forward and backward pass for one token of a sequence.

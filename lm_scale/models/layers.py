@@ -47,14 +47,18 @@ def check_shape(config: Any) -> None:
             raise InputError(
                 f"model.{name} = {getattr(config, name)}: expected a number above 0."
             )
+    for name, value in vars(config).items():
+        if "dropout" in name and not 0 <= value < 1:
+            raise InputError(f"model.{name} = {value}: expected 0 <= {name} < 1.")
+
+
+def check_heads(config: Any) -> None:
+    """InputError unless the heads share the model's width evenly."""
     if config.embed % config.heads:
         raise InputError(
             f"model.embed = {config.embed} must be a multiple of "
             f"model.heads = {config.heads}."
         )
-    for name, value in vars(config).items():
-        if "dropout" in name and not 0 <= value < 1:
-            raise InputError(f"model.{name} = {value}: expected 0 <= {name} < 1.")
 
 
 REMAT_POLICIES = {

@@ -20,6 +20,7 @@ from lm_scale.models.attention import Cache, attention, causal_mask, segment_mas
 from lm_scale.models.layers import (
     Compute,
     RMSNorm,
+    check_heads,
     check_shape,
     embed,
     hf_linear,
@@ -175,6 +176,8 @@ class LlamaConfig:
             "qwen2": ("qk_norm", "out_bias", "mlp_bias"),
             "qwen3": ("mlp_bias",),
         }
+        if self.kind == "llama":
+            check_heads(self)  # transformers does, though a head has its own width
         for name in never[self.kind]:
             if getattr(self, name):
                 raise InputError(

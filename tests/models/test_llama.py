@@ -242,6 +242,24 @@ def test_a_shape_that_is_none(wrong):
         replace(TINY, **wrong)
 
 
+@pytest.mark.parametrize(("kind", "fits"), [("llama", False), ("mistral", True)])
+def test_a_width_that_the_heads_do_not_divide(tmp_path, kind, fits):
+    """As transformers has it; the width of a head is given apart."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    theirs = AutoConfig.for_model(**replace(TINY, kind=kind).to_hf())
+    theirs.hidden_size = 7
+    if fits:
+        theirs.validate()
+        assert read(tmp_path, theirs.to_dict()) == replace(TINY, kind=kind, embed=7)
+    else:
+        with pytest.raises(StrictDataclassError, match="not a multiple"):
+            theirs.validate()
+        with pytest.raises(InputError, match=r"embed = 7 must .*heads = 3"):
+            replace(TINY, kind=kind, embed=7)
+
+
 @pytest.mark.parametrize(
     "wrong", [{"factor": 0.9}, {"low": 0.0}, {"low": 4.0}, {"original": 0}], ids=str
 )
