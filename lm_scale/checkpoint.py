@@ -14,7 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from lm_scale import __version__
-from lm_scale.errors import InputError, differences
+from lm_scale.errors import InputError, differences, one_line
 from lm_scale.sharding import Params
 from lm_scale.step import TrainState
 
@@ -118,10 +118,10 @@ class Checkpoints:
         except (KeyError, ValueError, OSError) as error:
             older = [number for number in self.manager.all_steps() if number < step]
             way_out = f"go on from step {max(older)}" if older else "start anew"
-            reason = " ".join(str(error).split())
             raise InputError(
                 f"The checkpoint {self.directory / str(step)} is damaged, or of "
-                f"another model: {reason:.200}\nMove that folder away to {way_out}."
+                f"another model: {one_line(error):.200}\n"
+                f"Move that folder away to {way_out}."
             ) from error
 
     def newest(self) -> int:

@@ -13,6 +13,14 @@ class InputError(ValueError):
     """
 
 
+def one_line(error: BaseException) -> str:
+    """What an error of a library says, without its line breaks; else its type's name.
+
+    Some say a page: cut it with a format, `{one_line(error):.200}`.
+    """
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """Where two flat mappings differ, e.g. `batch: 16 there, 32 here`."""
     return [

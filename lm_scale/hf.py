@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
-from lm_scale.errors import InputError
+from lm_scale.errors import InputError, one_line
 from lm_scale.models import FAMILIES, HF_TYPES, Model, ModelConfig, family_of
 from lm_scale.models.layers import HFWeight
 from lm_scale.sharding import Params, declarations, flatten, unflatten
@@ -146,10 +146,9 @@ def _download(name: str, patterns: tuple[str, ...], cache_dir: str | None) -> Pa
             "the name, or log in (`hf auth login`) if it is private or gated."
         ) from error
     except Exception as error:  # of the network, the disk and three HTTP libraries
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
             f"{name!r} is no local folder and cannot be fetched from the Hugging Face "
-            f"hub: give a folder, or connect to the network ({reason:.200})."
+            f"hub: give a folder, or connect to the network ({one_line(error):.200})."
         ) from error
     return Path(found)
 
@@ -183,8 +182,9 @@ def _with_defaults(content: dict) -> dict:
     try:
         return AutoConfig.for_model(content["model_type"], **arguments).to_dict()
     except StrictDataclassError as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"The config.json is not valid: {reason:.300}") from error
+        raise InputError(
+            f"The config.json is not valid: {one_line(error):.300}"
+        ) from error
 
 
 def read_params(folder: Path | str, model: Model) -> Params:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_scale.errors import InputError, differences, flatten
+from lm_scale.errors import InputError, differences, flatten, one_line
 from lm_scale.models import FAMILIES, Compute, ModelConfig, build_model
 from lm_scale.sharding import declarations
 
@@ -76,7 +76,7 @@ def hf_config(
         config.validate()  # what several settings have to keep together
     except StrictDataclassError as error:
         raise InputError(
-            f"{name} with {' '.join(overrides)} is no model: {_one_line(error)}"
+            f"{name} with {' '.join(overrides)} is no model: {one_line(error):.200}"
         ) from error
     return config
 
@@ -145,7 +145,7 @@ def _from_folder_or_hub(name: str, cache_dir: str | None) -> "PreTrainedConfig":
         raise InputError(
             f"no model config {name!r}: expected one of {', '.join(SHAPES)}, a folder "
             "with a config.json or a name on the hub "
-            f"({_one_line(error)})."
+            f"({one_line(error):.200})."
         ) from error
 
 
@@ -193,10 +193,6 @@ def _parsed(text: str) -> Any:
         return json.loads(text, parse_constant=str)
     except ValueError:
         return text
-
-
-def _one_line(error: Exception) -> str:
-    return f"{' '.join(str(error).split()):.200}"
 
 
 def _check_same(path: Path, wanted: dict[str, Any]) -> None:

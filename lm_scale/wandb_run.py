@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lm_scale.errors import one_line
+
 # What wandb may wait for, unless the environment says otherwise: without a network it
 # would hold up the start for 90 s and the end for ever.
 WANDB_LIMITS = {"WANDB_INIT_TIMEOUT": "30", "WANDB_FINISH_TIMEOUT": "120"}  # s
@@ -64,8 +66,8 @@ class WandbRun:
             yield
         except (Exception, SystemExit) as error:
             self.run = None
-            reason = " ".join(str(error).split()) or type(error).__name__
-            self.note(f"wandb failed ({reason:.200}): the run goes on without it.")
+            reason = f"{one_line(error):.200}"
+            self.note(f"wandb failed ({reason}): the run goes on without it.")
 
 
 @contextlib.contextmanager

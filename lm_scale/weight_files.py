@@ -13,7 +13,7 @@ import numpy as np
 from flax.serialization import msgpack_restore
 from safetensors import SafetensorError, safe_open
 
-from lm_scale.errors import InputError, flatten
+from lm_scale.errors import InputError, flatten, one_line
 
 SAFETENSORS = "model.safetensors"
 FLAX = "flax_model.msgpack"
@@ -99,9 +99,9 @@ def _read_flax(path: Path) -> dict[str, np.ndarray]:
             raise ValueError(f"expected a tree of weights, found {tree!r:.40}")
         weights = flatten(tree)
     except Exception as error:  # damaged bytes fail wherever they happen to
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
-            f"Cannot read {path} as Flax weights: {reason:.200}. Copy the file again."
+            f"Cannot read {path} as Flax weights: {one_line(error):.200}. Copy the "
+            "file again."
         ) from error
     return dict(
         _as_torch(name, array)

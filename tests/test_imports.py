@@ -15,7 +15,8 @@ PACKAGE = Path(lm_scale.__file__).parent
 # A module imports modules of the lines above its own only. `models.*` and `data.*`
 # stand for what is not named itself. `lm_scale` is the package: version, no code.
 ORDER = (
-    ("lm_scale", "errors", "peaks", "wandb_run"),
+    ("lm_scale", "errors", "peaks"),
+    ("wandb_run",),
     ("sharding", "objectives", "optim", "metrics", "hub", "distributed", "data"),
     ("weight_files",),
     ("data.python_docs", "data.folders", "data.reading"),

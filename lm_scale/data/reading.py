@@ -7,6 +7,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+from lm_scale.errors import one_line
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -74,8 +76,4 @@ def reason(error: BaseException) -> str:
     if bare:
         return reason(bare)
     advice = " (convert it to UTF-8)" if isinstance(error, UnicodeDecodeError) else ""
-    return _one_line(error) + advice
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error) + advice

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from lm_scale.errors import InputError
+from lm_scale.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -165,7 +165,7 @@ def load_tokenizer(
         raise InputError(
             f"cannot load a tokenizer from {path}: expected a folder that "
             "save_pretrained wrote, a tokenizer.json or a name on the hub "
-            f"({' '.join(str(error).split()):.200})."
+            f"({one_line(error):.200})."
         ) from error
     if not tokenizer.is_fast:
         raise InputError(

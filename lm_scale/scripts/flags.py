@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lm_scale.errors import InputError
+from lm_scale.errors import InputError, one_line
 
 Kind = Literal["mlm", "clm"]
 
@@ -255,8 +255,9 @@ def _parse_json(parser: Any, path: str) -> list[Any]:
     try:
         parts = parser.parse_json_file(path)
     except (OSError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"cannot read the flags in {path}: {reason}.") from error
+        raise InputError(
+            f"cannot read the flags in {path}: {one_line(error)}."
+        ) from error
     for part in parts:
         check_types(part)
     return list(parts)
