@@ -11,6 +11,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from lm_scale.config import RunConfig
+from lm_scale.console import say
 from lm_scale.data.loader import TrainBatches
 from lm_scale.models import Model
 from lm_scale.sharding import sharding_table
@@ -50,22 +51,20 @@ def describe(
     texts = f"sequences of {config.seq_len}"
     if config.data.examples == "documents":
         texts = f"documents of {batches.source.mean_length:.1f} on average"
-    console.print(
+    say(
+        console,
         f"model    {type(config.model).__name__}, {weights:,} weights\n"
         f"devices  {mesh.size} × {device.device_kind}, mesh {' '.join(sizes) or '1'}\n"
         f"data     {batches.source.store.num_tokens:,} training tokens, "
         f"{batches.examples:,} {texts}\n"
         f"run      {steps:,} steps of {tokens:,} tokens = "
         f"{steps * config.batch / batches.examples:.2f} epochs, in {config.run_dir}",
-        highlight=False,
-        markup=False,
     )
     if config.schedule.warmup >= steps:
-        console.print(
+        say(
+            console,
             f"Note: the warm-up of {config.schedule.warmup:,} steps does not end in "
             f"the run's {steps:,}: the learning rate never reaches its peak.",
-            highlight=False,
-            soft_wrap=True,
         )
 
 

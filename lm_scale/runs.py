@@ -13,6 +13,7 @@ from rich.console import Console
 
 from lm_scale.checkpoint import Checkpoints, has_checkpoints
 from lm_scale.config import RunConfig
+from lm_scale.console import say
 from lm_scale.data.corpus import Part, documents
 from lm_scale.data.examples import Blocks, Documents, Source
 from lm_scale.data.loader import EvalBatches, TrainBatches
@@ -82,7 +83,7 @@ def prepare_tokenizer(config: RunConfig, console: Console):
             config.data.corpus, "train",
             cache_dir=config.data.cache_dir, workers=config.data.workers,
         )  # fmt: skip
-        console.print(f"Training a tokenizer of {settings.vocab_size} tokens ...")
+        say(console, f"Training a tokenizer of {settings.vocab_size} tokens ...")
         length = config.model.positions
         tokenizer = train_shown(texts, settings, max_length=length, console=console)
     tokenizer.save_pretrained(folder)

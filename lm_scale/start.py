@@ -9,6 +9,7 @@ from rich.console import Console
 from lm_scale import hf
 from lm_scale.checkpoint import Checkpoints
 from lm_scale.config import RunConfig
+from lm_scale.console import say
 from lm_scale.data.loader import TrainBatches
 from lm_scale.errors import InputError, differences
 from lm_scale.metrics import check_reporters
@@ -72,15 +73,13 @@ def first_state(
     # In this order: this run's checkpoint, another run's, given weights, random ones.
     if saved.latest() is not None:
         state = saved.restore(abstract_state(model, optimizer, mesh))
-        console.print(
-            f"Going on from step {int(state.step)} in {saved.directory}", markup=False
-        )
+        say(console, f"Going on from step {int(state.step)} in {saved.directory}")
         return state
     if config.resume_from is not None:
         folder, step = resume_point(config.resume_from)
         with Checkpoints(folder, tokens=saved.tokens) as other:
             state = other.restore(abstract_state(model, optimizer, mesh), step)
-        console.print(f"Going on from step {int(state.step)} in {folder}", markup=False)
+        say(console, f"Going on from step {int(state.step)} in {folder}")
         return state
     if config.init_from is not None:
         params = read_weights(config, model, mesh)

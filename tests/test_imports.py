@@ -15,7 +15,7 @@ PACKAGE = Path(lm_scale.__file__).parent
 # A module imports modules of the lines above its own only. `models.*` and `data.*`
 # stand for what is not named itself. `lm_scale` is the package: version, no code.
 ORDER = (
-    ("lm_scale", "errors", "peaks"),
+    ("lm_scale", "console", "errors", "peaks"),
     ("wandb_run",),
     ("sharding", "objectives", "optim", "metrics", "hub", "distributed", "data"),
     ("weight_files",),
@@ -116,7 +116,7 @@ KNOW_NO_MODEL = [
 def test_data_objectives_optimizers_and_metrics_know_no_model(module):
     allowed = (
         "errors", "sharding", "objectives", "optim", "metrics", "hub", "peaks",
-        "wandb_run", "lm_scale",
+        "wandb_run", "lm_scale", "console",
     )  # fmt: skip
     known = {name for name in reachable(module) if not name.startswith("data")}
     assert known <= set(allowed)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
 
+from lm_scale.console import say
 from lm_scale.data.corpus import CorpusConfig, Part, documents
 from lm_scale.data.store import Manifest, StoreWriter, read_manifest
 from lm_scale.data.tokenizer import tokenizer_hash, vocabulary_size
@@ -88,7 +89,7 @@ def prepare(
         else:
             _check_same(path, manifest, origin | {"source": source})
             manifests[part] = manifest
-            _say(console, f"{part}: kept {path}: {_summary(manifest)}")
+            say(console, f"{part}: kept {path}: {_summary(manifest)}")
 
     encode = _encoder(tokenizer, end)
     for part, texts in streams.items():
@@ -98,7 +99,7 @@ def prepare(
             path, texts, encode, origin | {"source": source}, parts[part], console
         )
         seconds = time.perf_counter() - start
-        _say(console, f"{part}: {_summary(manifests[part])}, {seconds:.1f} s")
+        say(console, f"{part}: {_summary(manifests[part])}, {seconds:.1f} s")
     return manifests
 
 
@@ -251,7 +252,3 @@ def _summary(manifest: Manifest) -> str:
         f"{manifest.documents:,} documents, {manifest.tokens:,} tokens, "
         f"mean length {mean:.1f}"
     )
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, soft_wrap=True, markup=False, highlight=False)

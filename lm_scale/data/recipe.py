@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from lm_scale.console import say
 from lm_scale.data.corpus import CorpusConfig, documents
 from lm_scale.data.tokenizer import TokenizerConfig, describe_roles, train_tokenizer
 from lm_scale.errors import InputError
@@ -73,7 +74,7 @@ def make_tokenizer(
     texts = documents(corpus, "train", cache_dir=cache_dir, workers=workers)
     tokenizer = train_shown(texts, config, max_length=max_length, console=console)
     _save(tokenizer, folder)
-    _say(console, f"{describe_roles(tokenizer)}; in {folder}")
+    say(console, f"{describe_roles(tokenizer)}; in {folder}")
     return tokenizer
 
 
@@ -95,8 +96,8 @@ def train_shown(
         tracked = _tracked(texts, read, progress)
         tokenizer = train_tokenizer(tracked, config, max_length=max_length)
     for warning in caught:
-        _say(console, f"Note: {warning.message}")
-    _say(console, f"trained on {read}; {time.perf_counter() - start:.1f} s in all")
+        say(console, f"Note: {warning.message}")
+    say(console, f"trained on {read}; {time.perf_counter() - start:.1f} s in all")
     return tokenizer
 
 
@@ -164,7 +165,3 @@ def _save(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
         for file in sorted(Path(scratch).iterdir()):
             os.replace(file, folder / file.name)
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, soft_wrap=True, markup=False, highlight=False)

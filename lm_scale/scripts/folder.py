@@ -14,6 +14,7 @@ from rich.console import Console
 
 from lm_scale.checkpoint import has_checkpoints
 from lm_scale.config import RunConfig
+from lm_scale.console import say
 from lm_scale.data.sources import local_files
 from lm_scale.errors import InputError
 from lm_scale.run_json import read_run
@@ -118,11 +119,11 @@ def set_aside(config: RunConfig, console: Console) -> None:
         keep(path, aside / path.name)
     for path in moved:
         path.rename(aside / path.name)
-    console.print(
+    say(
+        console,
         f"Starting anew: what was in {folder} is now in {aside}. To go on with a run, "
         f"leave --overwrite_output_dir out.",
-        highlight=False, markup=False, soft_wrap=True,
-    )  # fmt: skip
+    )
 
 
 def same(path: Path, other: Path) -> bool:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from lm_scale import shapes
 from lm_scale.config import DataConfig, RunConfig
+from lm_scale.console import say
 from lm_scale.data.corpus import CorpusConfig
 from lm_scale.data.tokenizer import (
     TokenizerConfig,
@@ -41,7 +42,7 @@ def run_config(flags: Flags, console: Console) -> RunConfig:
     """
     refuse(flags)
     for note in notes(flags):
-        console.print(f"Note: {note}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"Note: {note}")
     model, data, training = flags.model, flags.data, flags.training
     announce_downloads(model, console)
     tokenizer_name = model.tokenizer_name or model.model_name_or_path
@@ -53,7 +54,7 @@ def run_config(flags: Flags, console: Console) -> RunConfig:
     tokenizer = load_tokenizer(
         kept_tokenizer(training) or tokenizer_name, cache_dir=model.cache_dir
     )
-    console.print(describe_roles(tokenizer), highlight=False, soft_wrap=True)
+    say(console, describe_roles(tokenizer))
     shape = fitted(model_config(model), model, tokenizer, console)
     length = sequence_length(data, tokenizer, shape, console)
     evaluate = training.do_eval or not training.do_train
@@ -173,10 +174,7 @@ def announce_downloads(model: ModelArguments, console: Console) -> None:
         names.add(model.config_name)
     for name in sorted(name for name in names if name is not None):
         if not Path(name).expanduser().exists():
-            console.print(
-                f"{name} is no folder here: asking the Hugging Face hub ...",
-                highlight=False, markup=False, soft_wrap=True,
-            )  # fmt: skip
+            say(console, f"{name} is no folder here: asking the Hugging Face hub ...")
 
 
 def model_config(model: ModelArguments) -> ModelConfig:
@@ -238,9 +236,9 @@ def fitted(
     if pad_id is not None and wanted is not None and pad_id != wanted:
         changes["pad_id"] = tokenizer.pad_token_id
     for name, value in changes.items():
-        console.print(
+        say(
+            console,
             f"Note: {name} {getattr(shape, name)} -> {value}, as the tokenizer asks.",
-            highlight=False,
         )
     return dataclasses.replace(shape, **changes)
 
@@ -262,10 +260,10 @@ def sequence_length(
     if wanted is None:
         return default
     if wanted > most:
-        console.print(
+        say(
+            console,
             f"Note: --{name} {wanted} is more than the tokenizer's model_max_length: "
             f"{most} is used.",
-            highlight=False,
         )
     return min(wanted, most)
 
