@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
+from lm_scale.data.tokenizer import TOKENIZER_FILES
 from lm_scale.errors import InputError, one_line
 from lm_scale.models import FAMILIES, HF_TYPES, Model, ModelConfig, family_of
 from lm_scale.models.layers import HFWeight
@@ -25,16 +26,7 @@ from lm_scale.weight_files import FLAX, NO_PICKLES, SAFETENSORS, files_of, read_
 Tensors = Mapping[str, np.ndarray]
 
 # What is fetched from a hub repository, by glob: no code, and no pickles (*.bin).
-_SETTINGS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
+_SETTINGS = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 _SAFETENSORS_FILES = (
     SAFETENSORS,
     f"{SAFETENSORS}.index.json",

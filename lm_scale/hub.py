@@ -7,13 +7,13 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from lm_scale.data.tokenizer import TOKENIZER_FILES
+
 # What a user of the model wants, from the top of the run's directory: no checkpoints,
 # no data, nothing that the run keeps for itself.
 MODEL_FILES = (
     "config.json", "generation_config.json", "model*.safetensors",
-    "model.safetensors.index.json", "tokenizer*.json", "tokenizer.model",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
-    "merges.txt", "chat_template.jinja", "eval_results.json", "README.md",
+    "model.safetensors.index.json", *TOKENIZER_FILES, "eval_results.json", "README.md",
     "metrics.jsonl", "events.out.tfevents.*",
 )  # fmt: skip
 NEXT_SAVE = "the next save tries again."

@@ -17,12 +17,12 @@ PACKAGE = Path(lm_scale.__file__).parent
 ORDER = (
     ("lm_scale", "console", "errors", "peaks"),
     ("wandb_run",),
-    ("sharding", "objectives", "optim", "metrics", "hub", "distributed", "data"),
+    ("sharding", "objectives", "optim", "metrics", "distributed", "data"),
     ("weight_files",),
     ("data.python_docs", "data.folders", "data.reading"),
     ("data.sources",),
     ("data.corpus", "data.store", "data.tokenizer", "losses", "models.layers"),
-    ("data.examples",),
+    ("data.examples", "hub"),
     ("data.*", "models.attention", "models.rotary"),
     ("models.*",),  # the families, which do not know one another
     ("models",),

@@ -15,7 +15,12 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from lm_scale.console import say
 from lm_scale.data.corpus import CorpusConfig, documents
-from lm_scale.data.tokenizer import TokenizerConfig, describe_roles, train_tokenizer
+from lm_scale.data.tokenizer import (
+    TOKENIZER_FILES,
+    TokenizerConfig,
+    describe_roles,
+    train_tokenizer,
+)
 from lm_scale.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,20 +28,6 @@ if TYPE_CHECKING:
 
 # RoBERTa's: 50,265 tokens, <s> <pad> </s> <unk> <mask> first.
 ROBERTA = TokenizerConfig(vocab_size=50_265, min_frequency=2, kind="roberta")
-# All that transformers may read a tokenizer from.
-_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "tokenizer.model",
-    "sentencepiece.bpe.model",
-    "spiece.model",
-    "chat_template.jinja",
-)
 
 
 def make_tokenizer(
@@ -142,7 +133,7 @@ def _tracked(texts: Iterable[str], read: _Read, progress: Progress) -> Iterator[
 def _check_writable(folder: Path, out: str, overwrite: bool) -> None:
     if not out or folder.is_file():
         raise InputError(f"{out!r} is no folder to write a tokenizer to.")
-    there = [name for name in _FILES if (folder / name).exists()]
+    there = [name for name in TOKENIZER_FILES if (folder / name).exists()]
     if there and not overwrite:
         raise InputError(
             f"{folder} already holds a tokenizer ({', '.join(there)}); choose another "
@@ -161,7 +152,7 @@ def _save(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
     """Puts the files in place when they are whole; no old one stays beside them."""
     with tempfile.TemporaryDirectory(dir=folder, prefix=".tokenizer.") as scratch:
         tokenizer.save_pretrained(scratch)
-        for name in _FILES:
+        for name in TOKENIZER_FILES:
             (folder / name).unlink(missing_ok=True)
         for file in sorted(Path(scratch).iterdir()):
             os.replace(file, folder / file.name)

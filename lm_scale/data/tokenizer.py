@@ -36,7 +36,18 @@ _ROLES = {
 }
 # One of these makes a folder a tokenizer's. (Of a config.json alone transformers would
 # make an empty one.)
-_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
+# All that transformers may read a tokenizer from.
+TOKENIZER_FILES = (
+    *_VOCABULARIES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "chat_template.jinja",
+)
 _BYTES = 256  # the initial alphabet of a byte-level vocabulary
 
 
@@ -149,9 +160,10 @@ def load_tokenizer(
     # Alone, a tokenizer.json is the whole truth: AutoTokenizer would rebuild it after
     # the model class that a config.json beside it names.
     plain = local if local.is_file() else local / "tokenizer.json"
-    if local.is_dir() and not any((local / name).exists() for name in _FILES):
+    if local.is_dir() and not any((local / name).exists() for name in _VOCABULARIES):
         raise InputError(
-            f"no tokenizer in {path}: the folder has none of {', '.join(_FILES)}."
+            f"no tokenizer in {path}: the folder has none of "
+            f"{', '.join(_VOCABULARIES)}."
         )
     alone = local.is_file() or not (local / "tokenizer_config.json").exists()
     try:

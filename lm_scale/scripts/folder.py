@@ -16,6 +16,7 @@ from lm_scale.checkpoint import has_checkpoints
 from lm_scale.config import RunConfig
 from lm_scale.console import say
 from lm_scale.data.sources import local_files
+from lm_scale.data.tokenizer import TOKENIZER_FILES
 from lm_scale.errors import InputError
 from lm_scale.run_json import read_run
 from lm_scale.scripts.flags import TrainingArguments
@@ -28,8 +29,7 @@ MOVED = (
 # What a new run writes over, whoever made it. It stays, too: `output_dir` may be the
 # folder that model, config and tokenizer are read from.
 KEPT = (
-    "run.json", "config.json", "generation_config.json", "tokenizer*.json",
-    "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json",
+    "run.json", "config.json", "generation_config.json", *TOKENIZER_FILES,
     "model*.safetensors*",
 )  # fmt: skip
 
