@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from lm_scale.data.tokenizer import TOKENIZER_FILES
 from lm_scale.errors import InputError, one_line
-from lm_scale.models import FAMILIES, HF_TYPES, Model, ModelConfig, family_of
+from lm_scale.models import Model, ModelConfig, family_of, family_of_type
 from lm_scale.models.layers import HFWeight
 from lm_scale.sharding import Params, declarations, flatten, unflatten
 from lm_scale.weight_files import FLAX, NO_PICKLES, SAFETENSORS, files_of, read_tensors
@@ -156,13 +156,8 @@ def read_config(folder: Path | str) -> ModelConfig:
         raise InputError(
             f"{path} is not a readable Hugging Face config: {error}"
         ) from error
-    for family in FAMILIES:
-        if content.get("model_type") in family.hf_types:
-            return family.config.from_hf(_with_defaults(content))
-    raise InputError(
-        f"{path}: model_type {content.get('model_type')!r} is not supported. There "
-        f"are: {', '.join(HF_TYPES)}."
-    )
+    family = family_of_type(content.get("model_type"), path)
+    return family.config.from_hf(_with_defaults(content))
 
 
 def _with_defaults(content: dict) -> dict:

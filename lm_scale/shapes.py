@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_scale.errors import InputError, differences, flatten, one_line
-from lm_scale.models import FAMILIES, Compute, ModelConfig, build_model
+from lm_scale.models import (
+    HF_TYPES,
+    Compute,
+    ModelConfig,
+    build_model,
+    family_of_type,
+)
 from lm_scale.sharding import declarations
 
 if TYPE_CHECKING:
@@ -98,7 +104,7 @@ def write_config(
         or, without overwrite, a config.json of another content.
     """
     config = hf_config(name, overrides, cache_dir=cache_dir)
-    ours = model_config(config)
+    ours = model_config(config) if config.model_type in HF_TYPES else None
     path = Path(out).expanduser() / "config.json"
     if not str(out) or path.parent.is_file():
         raise InputError(f"{str(out)!r} is no folder to write a config.json to.")
@@ -112,16 +118,14 @@ def write_config(
     return f"{path}: {config.model_type}, {parameter_count(ours):,} parameters"
 
 
-def model_config(config: "PreTrainedConfig") -> ModelConfig | None:
-    """lm_scale's own config for this one; None if it has no such family.
+def model_config(config: "PreTrainedConfig") -> ModelConfig:
+    """lm_scale's own config for this one.
 
     Raises:
-      InputError: a setting that our model of this family has not.
+      InputError: no such family, or a setting that our model of it has not.
     """
-    for family in FAMILIES:
-        if config.model_type in family.hf_types:
-            return family.config.from_hf(config.to_dict())
-    return None
+    family = family_of_type(config.model_type, config.name_or_path or "model config")
+    return family.config.from_hf(config.to_dict())
 
 
 def parameter_count(config: ModelConfig) -> int:

@@ -3,6 +3,7 @@
 
 from dataclasses import dataclass
 
+from lm_scale.errors import InputError
 from lm_scale.models import gpt2, llama, roberta
 from lm_scale.models.gpt2 import GPT2, GPT2Config
 from lm_scale.models.layers import Compute, HFWeight
@@ -35,6 +36,17 @@ HF_TYPES = tuple(name for family in FAMILIES for name in family.hf_types)
 def family_of(config: ModelConfig) -> Family:
     """The family whose config this is."""
     return next(family for family in FAMILIES if isinstance(config, family.config))
+
+
+def family_of_type(model_type: str | None, source: object) -> Family:
+    """The family of a Hugging Face `model_type`; InputError, naming its source."""
+    for family in FAMILIES:
+        if model_type in family.hf_types:
+            return family
+    raise InputError(
+        f"{source}: model_type {model_type!r} is not supported. There are: "
+        f"{', '.join(HF_TYPES)}."
+    )
 
 
 def build_model(config: ModelConfig, compute: Compute) -> Model:

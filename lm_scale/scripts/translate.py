@@ -19,7 +19,7 @@ from lm_scale.data.tokenizer import (
     vocabulary_size,
 )
 from lm_scale.errors import InputError
-from lm_scale.models import HF_TYPES, Compute, ModelConfig
+from lm_scale.models import Compute, ModelConfig, family_of_type
 from lm_scale.objectives import CausalLM, MaskedLM
 from lm_scale.optim import Adafactor, AdamW, Schedule
 from lm_scale.scripts.checks import notes, refuse
@@ -193,26 +193,15 @@ def model_config(model: ModelArguments) -> ModelConfig:
             f"--model_type {model.model_type}, but {name} is a {found.model_type}. "
             f"Leave --model_type out."
         )
-    ours = shapes.model_config(found)
-    if ours is None:
-        raise InputError(
-            f"models of type {found.model_type} are not supported. There are: "
-            f"{', '.join(HF_TYPES)}."
-        )
-    return ours
+    return shapes.model_config(found)
 
 
 def default_config(model_type: str) -> Any:
     """What transformers makes of a model type alone."""
     from transformers import AutoConfig
 
-    try:
-        return AutoConfig.for_model(model_type)
-    except ValueError:
-        raise InputError(
-            f"--model_type {model_type}: no such type. There are: "
-            f"{', '.join(HF_TYPES)}."
-        ) from None
+    family_of_type(model_type, "--model_type")  # transformers may know it, or not
+    return AutoConfig.for_model(model_type)
 
 
 def fitted(

@@ -18,9 +18,9 @@ from lm_scale.models import Compute, build_model
 from lm_scale.models import RobertaConfig as Roberta
 from lm_scale.objectives import MaskedLM
 from lm_scale.run_json import check_run_dir, to_dict, write_config
-from lm_scale.scripts.flags import parse
+from lm_scale.scripts.flags import ModelArguments, parse
 from lm_scale.scripts.messages import FLAG_OF, in_flags
-from lm_scale.scripts.translate import run_config
+from lm_scale.scripts.translate import model_config, run_config
 from lm_scale.start import set_up
 
 QUIET = Console(quiet=True)
@@ -316,6 +316,14 @@ def test_dataset_name_and_config_name_stand_for_a_folder(home):
     corpus = translated("mlm", argv).data.corpus
     assert (corpus.source, corpus.subset) == (f"{home}/set", "part")
     assert corpus.holdout == "first" and not corpus.streaming
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt5"])
+def test_a_model_type_that_is_not_ours(name):
+    """Whether transformers has it or not."""
+    model = ModelArguments(model_type=name)
+    with pytest.raises(InputError, match=f"--model_type: .*{name}.* not supp.*gpt2, "):
+        model_config(model)
 
 
 def test_model_type_alone_is_a_default_shape(home):
