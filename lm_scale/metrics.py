@@ -28,8 +28,8 @@ def check_reporters(report_to: Sequence[str]) -> None:
     for name in report_to:
         if name not in REPORTERS:
             raise InputError(
-                f"report_to names {name!r}: expected a tuple of "
-                f"{' and '.join(map(repr, REPORTERS))}, or of one, or empty."
+                f"report_to names {name!r}: expected {' or '.join(REPORTERS)}, both or "
+                f"none."
             )
     if "wandb" in report_to:
         try:

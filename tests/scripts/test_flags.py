@@ -360,7 +360,7 @@ def test_pad_to_max_length_is_of_lines(home, lines):
         ("clm", ["--save_total_limit=-1"], "save_total_limit -1"),
         ("clm", ["--mesh=data=2,tonsor=4"], "'tonsor=4' is not axis=size"),
         ("clm", ["--mesh=data"], "'data' is not axis=size"),
-        ("clm", ["--report_to=mlflow"], "'mlflow' is none of"),
+        ("clm", ["--report_to=mlflow"], "report_to names 'mlflow': expected tens"),
         ("clm", ["--model_type=roberta"], "Leave --model_type out"),
         ("clm", ["--config_name={home}/missing"], "missing"),
         ("clm", ["--tokenizer_name={home}/missing"], "missing"),
