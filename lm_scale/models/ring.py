@@ -12,7 +12,8 @@ Under a causal mask the first device of a plain ring would be done after one ste
 the last one after all. So rows are laid out in zigzag: with c parts a row is cut into
 2c chunks and device i holds chunks i and 2c-1-i, its low and its high one. At every
 step but the first exactly two of the four pairs of chunks are visible, wherever the
-keys come from, and only these are computed: 2c+1 pairs of chunks a device instead of 4c.
+keys come from, and only these are computed: a device has 2c+1 pairs, where all queries
+against all keys make 4c.
 
 Inside, heads come before positions: q is [X B K J T N], k and v are [X B K S N], where
 X counts the chunks of a device (2 if causal, else 1), T and S are positions of a chunk.
@@ -72,7 +73,7 @@ def ring_attention(
     Raises ValueError if the sequence is not cut, if its length does not fit (see
     `zigzag_order`), or if `positions` are missing or given without need.
     """
-    (_, length, H, N), K = q.shape, k.shape[2]
+    (_, length, _, N), K = q.shape, k.shape[2]
     mesh = jax.sharding.get_abstract_mesh()
     parts = shards(rules, mesh, "seq")
     if parts < 2:
@@ -81,20 +82,20 @@ def ring_attention(
         raise ValueError("`positions` belong to a window that is not causal.")
     if causal:
         positions = jnp.asarray(zigzag_order(length, parts))
-    if rules.act_kv_heads != rules.act_heads:
-        # Fewer key-value heads than parts: as many copies as give each part its own.
-        copies = lcm(K, shards(rules, mesh, "act_heads")) // K
-        split = rules.spec("batch", "seq", "act_heads", None)
-        k, v = (jax.reshard(jnp.repeat(x, copies, axis=2), split) for x in (k, v))
+    # Fewer key-value heads than parts: as many copies as give each part its own.
+    copies = lcm(K, shards(rules, mesh, "act_heads")) // K
+    if copies > 1:
+        k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
     heads = rules.spec("batch", "seq", "act_heads", None)
+    rows = rules.spec("batch", "seq")
     everywhere = PartitionSpec(None)  # all know where everyone's tokens stand
-    if positions is not None:
-        positions = jax.reshard(positions, everywhere)
-    return jax.shard_map(
-        partial(_attend_inside, Ring(rules.seq, parts, causal, window)),
-        in_specs=(heads, heads, heads, everywhere, rules.spec("batch", "seq")),
-        out_specs=heads,
-    )(q * N**-0.5, k, v, positions, segments)
+    specs = (heads, heads, heads, everywhere, rows)
+    inputs = [
+        None if x is None else jax.reshard(x, spec)
+        for x, spec in zip((q * N**-0.5, k, v, positions, segments), specs, strict=True)
+    ]
+    inside = partial(_attend_inside, Ring(rules.seq, parts, causal, window))
+    return jax.shard_map(inside, in_specs=specs, out_specs=heads)(*inputs)
 
 
 @dataclass(frozen=True)
@@ -146,13 +147,14 @@ class Ring:
         )
         diagonal = self.causal and _is_first(step) and a == b
         if diagonal or self.window is not None:
+            assert places.positions is not None
             queries = places.positions[self.source(0), a]
             back = queries[:, None] - places.positions[self.source(step), b]
             if diagonal:
                 scores = jnp.where(back >= 0, scores, HIDDEN)
             if self.window is not None:
                 scores = jnp.where(jnp.abs(back) < self.window, scores, HIDDEN)
-        if key_segments is not None:
+        if places.segments is not None:
             same = places.segments[a][:, :, None] == key_segments[b][:, None, :]
             scores = jnp.where(same[:, None, None], scores, HIDDEN)
         return scores
@@ -170,7 +172,7 @@ class Places(NamedTuple):
 
 
 def _attend_inside(ring: Ring, q, k, v, positions, segments):
-    """One device's part: q is [B T H N], k and v are [B T K N], of its own positions."""
+    """One device's part: its own positions of q [B T H N], k and v [B T K N]."""
     (B, T, H, N), K, X = q.shape, k.shape[2], ring.chunks
     T = T // X
     q = q.reshape(B, X, T, K, H // K, N).transpose(1, 0, 3, 4, 2, 5)
@@ -184,7 +186,7 @@ def _attend_inside(ring: Ring, q, k, v, positions, segments):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(ring: Ring, q, k, v, places: Places):
+def _attend(ring: Ring, q, k, v, places: Places) -> Array:
     return _forward(ring, q, k, v, places)[0]
 
 
@@ -198,8 +200,8 @@ def _forward(ring: Ring, q, k, v, places: Places):
             scores = ring.scores(step, (a, b), q, k, places, key_segments)
             mixed, largest, weight = (x[a] for x in state)
             now_largest = jnp.maximum(largest, scores.max(axis=-1))
-            # A query that sees none of these keys has HIDDEN here at most until it
-            # sees a key, itself say; the shrinking then makes zeros of what it summed.
+            # While a query has seen no key, HIDDEN is its largest score and it sums
+            # what is hidden; at its first key the shrinking makes zeros of that.
             shrink = jnp.exp(largest - now_largest)
             weights = jnp.exp(scores - now_largest[..., None])
             values = jnp.einsum(
