@@ -185,11 +185,6 @@ def _attend_inside(ring: Ring, q, k, v, positions, segments):
     return mixed.transpose(1, 0, 4, 2, 3, 5).reshape(B, X * T, H, N)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(ring: Ring, q, k, v, places: Places) -> Array:
-    return _forward(ring, q, k, v, places)[0]
-
-
 def _forward(ring: Ring, q, k, v, places: Places):
     """The first time round; also what the second needs."""
 
@@ -278,14 +273,15 @@ def _backward(ring: Ring, saved, d_mixed):
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
-_attend.defvjp(_forward, _backward)
-
-
-def _put(arrays, chunk: int | Array, parts):
+def _put(arrays: Any, chunk: int | Array, parts: Any) -> Any:
     """The arrays, with the part of this chunk replaced."""
     put = partial(jax.lax.dynamic_update_index_in_dim, index=chunk, axis=0)
     return jax.tree.map(put, arrays, parts)
 
 
-def _sum(left, right):
+def _sum(left: Any, right: Any) -> Any:
     return jax.tree.map(jnp.add, left, right)
+
+
+_attend = jax.custom_vjp(lambda *inputs: _forward(*inputs)[0], nondiff_argnums=(0,))
+_attend.defvjp(_forward, _backward)
