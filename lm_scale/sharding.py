@@ -33,7 +33,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lm_scale.errors import InputError
 
@@ -174,7 +174,7 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(sizes, MESH_AXES, axis_types=kinds, devices=devices)
 
 
-def shards(rules: Rules, mesh: Mesh, axis: str) -> int:
+def shards(rules: Rules, mesh: Mesh | AbstractMesh, axis: str) -> int:
     """Into how many parts a dimension with this logical axis is cut."""
     return math.prod(mesh.shape[mesh_axis] for mesh_axis in getattr(rules, axis))
 
