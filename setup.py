@@ -40,7 +40,7 @@ setup(
         "jaxtyping>=0.3",
     ],
     extras_require={
-        "test": ["pytest>=9", "beartype>=0.20"],
+        "test": ["pytest>=9", "beartype>=0.20", "gguf>=0.19"],
         "tpu": ["jax[tpu]>=0.10.2"],
         "wandb": ["wandb>=0.20"],
         "gpu": ["jax[cuda13]>=0.10.2"],

@@ -7,6 +7,7 @@ a family's table shows as a wrong number. All in float32, without dropout.
 
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from lm_scale import hf
 from lm_scale.losses import IGNORE, cross_entropy
-from lm_scale.models import ModelConfig, build_model, family_of
+from lm_scale.models import Model, ModelConfig, build_model, family_of
 from lm_scale.models.gpt2 import GPT2Config
 from lm_scale.models.layers import Compute
 from lm_scale.models.llama import LlamaConfig
@@ -204,10 +205,19 @@ def one_device() -> Mesh:
     return make_mesh(MeshShape(), jax.devices()[:1])
 
 
-def placed(model: nnx.Module, tensors: hf.Tensors, mesh: Mesh) -> Params:
+def load(folder: Path, mesh: Mesh) -> tuple[Model, Params]:
+    """The float32 model of a Hugging Face folder; call it under `jax.set_mesh`."""
+    model = build_model(hf.read_config(folder), Compute(dtype="float32"))
+    return model, _put(hf.read_params(folder, model), model, mesh)
+
+
+def placed(model: Model, tensors: hf.Tensors, mesh: Mesh) -> Params:
     """The parameters, as a checkpoint would put them on the mesh."""
+    return _put(hf.from_hf(model, tensors), model, mesh)
+
+
+def _put(params: Params, model: Model, mesh: Mesh) -> Params:
     targets = abstract_params(model, model.compute.rules, mesh)
-    params = hf.from_hf(model, tensors)
     return jax.tree.map(lambda x, to: jax.device_put(x, to.sharding), params, targets)
 
 

@@ -12,13 +12,11 @@ import collections
 import json
 import math
 import pickle
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from pypi import unpacked_wheel
 from safetensors.numpy import save_file
 
 from lm_scale.objectives import Vocabulary
@@ -44,16 +42,8 @@ def encode(chain: str) -> np.ndarray:
 
 
 def download(folder: Path) -> Path:
-    """The unpacked wheel; OSError if pip cannot get it. Nothing is installed or run."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder]
-    command += ["--only-binary", ":all:", "--quiet", "sapiens==1.0.2"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    if result.returncode:
-        raise OSError(result.stderr.strip() or "pip failed without a word")
-    (wheel,) = folder.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(folder / "wheel")
-    return folder / "wheel"
+    """The unpacked wheel; OSError if pip cannot get it."""
+    return unpacked_wheel("sapiens==1.0.2", folder)
 
 
 # --- The pickle -----------------------------------------------------------------------

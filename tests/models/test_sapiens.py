@@ -16,11 +16,8 @@ import pytest
 import sapiens
 from flax import nnx
 
-from lm_scale import hf
-from lm_scale.models import build_model
-from lm_scale.models.layers import Compute
 from lm_scale.objectives import IGNORE, MaskedLM
-from lm_scale.sharding import MeshShape, abstract_params, make_mesh
+from lm_scale.sharding import MeshShape, make_mesh
 from lm_scale.step import make_eval_step
 
 DRAWS = 64  # of the masks of one chain; one draw has about 17 of them
@@ -45,20 +42,11 @@ def folders(tmp_path_factory):
     return {name: root / name for name in sapiens.MODELS}
 
 
-def load(folder, mesh):
-    """Our model and its parameters on the mesh, to be called under `jax.set_mesh`."""
-    model = build_model(hf.read_config(folder), Compute(dtype="float32"))
-    targets = abstract_params(model, model.compute.rules, mesh)
-    params = hf.read_params(folder, model)
-    placed = jax.tree.map(lambda x, to: jax.device_put(x, to.sharding), params, targets)
-    return model, placed
-
-
 def evaluated(folder, batch):
     """What our evaluation step adds up over a batch, on 8 devices."""
     mesh = make_mesh(MeshShape(data=8))
     with jax.set_mesh(mesh):
-        model, params = load(folder, mesh)
+        model, params = parity.load(folder, mesh)
         sums = make_eval_step(model)(params, parity.place_rows(batch, mesh))
         return {name: float(x) for name, x in sums.items()}
 
@@ -66,7 +54,7 @@ def evaluated(folder, batch):
 def our_logits(folder, tokens):
     mesh = parity.one_device()
     with jax.set_mesh(mesh):
-        model, params = load(folder, mesh)
+        model, params = parity.load(folder, mesh)
         graphdef = nnx.split(model)[0]
 
         @jax.jit
