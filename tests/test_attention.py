@@ -12,7 +12,7 @@ from flax import nnx
 from parity import one_device
 
 from lm_scale.models import build_model
-from lm_scale.models.attention import attention, causal_mask, segment_mask
+from lm_scale.models.attention import Mask, attention
 from lm_scale.models.gpt2 import GPT2Config
 from lm_scale.models.layers import Compute
 from lm_scale.models.llama import LlamaConfig
@@ -22,7 +22,10 @@ from lm_scale.sharding import MeshShape, Rules, make_mesh
 RULES = Rules()
 B, T, H, N = 2, 8, 2, 5
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 3], [1, 1, 1, 1, 1, 1, 0, 0]], np.int32)
-KINDS = ["all", "causal", "segments", "causal in segments", "padding"]
+KINDS = [
+    "all", "causal", "window", "window both ways", "segments", "causal in segments",
+    "padding",
+]  # fmt: skip
 
 
 def random_qkv(dtype=np.float32):
@@ -39,15 +42,17 @@ def placed(*qkv):
 def attend(q, k, v, segments, kind):
     """Ours, with the masks that the models make."""
     mask = {
-        "all": lambda: None,
-        "causal": lambda: causal_mask(T, T),
-        "segments": lambda: segment_mask(segments, RULES),
-        "causal in segments": lambda: causal_mask(T, T) & segment_mask(segments, RULES),
-        "padding": lambda: jnp.broadcast_to(
-            jax.reshard(segments != 0, RULES.spec("batch", None))[:, None, None],
-            (B, 1, T, T),
+        "all": Mask(),
+        "causal": Mask(causal=True),
+        "window": Mask(causal=True, window=3),
+        "window both ways": Mask(window=3),
+        "segments": Mask(segments=segments),
+        "causal in segments": Mask(causal=True, segments=segments),
+        "padding": Mask(
+            segments=jnp.ones_like(segments),
+            key_segments=(segments != 0).astype(jnp.int32),
         ),
-    }[kind]()
+    }[kind]
     return attention(q, k, v, mask=mask, rules=RULES)
 
 
@@ -56,6 +61,8 @@ def reference(q, k, v, kind):
     sees = {
         "all": lambda row, t, s: True,
         "causal": lambda row, t, s: s <= t,
+        "window": lambda row, t, s: t - 3 < s <= t,
+        "window both ways": lambda row, t, s: t - 3 < s < t + 3,
         "segments": lambda row, t, s: row[t] == row[s],
         "causal in segments": lambda row, t, s: s <= t and row[t] == row[s],
         "padding": lambda row, t, s: row[s] != 0,
@@ -106,13 +113,15 @@ def test_bfloat16_keeps_its_type_and_softmax_in_float32():
 
 def test_a_query_with_nothing_to_see_gets_the_mean_and_no_nan():
     q, k, v = random_qkv()
-    mask = np.ones((B, 1, T, T), bool)
-    mask[0, 0, 3] = False
+    segments = np.ones((B, T), np.int32)
+    other = segments.copy()
+    other[0, 3] = 2
+    mask = Mask(segments=jnp.asarray(other), key_segments=jnp.asarray(segments))
 
     @jax.jit
     def run(q, k, v):
         def total(q, k, v):
-            mixed = attention(q, k, v, mask=jnp.asarray(mask), rules=RULES)
+            mixed = attention(q, k, v, mask=mask, rules=RULES)
             return jnp.sum(mixed**2), mixed
 
         return jax.grad(total, argnums=(0, 1, 2), has_aux=True)(q, k, v)
@@ -126,19 +135,58 @@ def test_a_query_with_nothing_to_see_gets_the_mean_and_no_nan():
 def test_dropout_of_the_weights_keeps_their_mean():
     """A value of ones comes out as the kept share, scaled: 1 on average."""
     q, k, _ = (np.tile(x, (50, 1, 1, 1)) for x in random_qkv())
-    drop = jax.jit(partial(attention, mask=None, rules=RULES, dropout_rate=0.4))
+    drop = jax.jit(partial(attention, mask=Mask(), rules=RULES, dropout_rate=0.4))
     with jax.set_mesh(one_device()):
         mixed = drop(*placed(q, k, np.ones_like(k)), key=jax.random.key(0))
     assert mixed.std() > 0.1
     np.testing.assert_allclose(mixed.mean(), 1, atol=0.05)
 
 
-def test_causal_mask_of_a_later_piece():
-    expected = [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]
-    np.testing.assert_array_equal(causal_mask(2, 5, start=2)[0, 0], expected)
-    expected = [[0, 1, 1, 0, 0], [0, 0, 1, 1, 0]]
-    windowed = causal_mask(2, 5, start=2, window=2)
-    np.testing.assert_array_equal(windowed[0, 0], expected)
+@pytest.mark.parametrize(
+    ("window", "expected"),
+    [
+        (None, [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]),
+        (2, [[0, 1, 1, 0, 0], [0, 0, 1, 1, 0]]),
+    ],
+)
+def test_mask_of_a_later_piece(window, expected):
+    places, keys = jnp.arange(2, 4), jnp.arange(5)
+    mask = Mask(causal=True, window=window, positions=places, key_positions=keys)
+    with jax.set_mesh(one_device()):
+        seen = mask.matrix(2, RULES)
+    assert seen is not None
+    np.testing.assert_array_equal(seen[0, 0], expected)
+
+
+@pytest.mark.parametrize(
+    "mesh", [MeshShape(), MeshShape(data=2, context=4)], ids=["data=8", "context=4"]
+)
+@pytest.mark.parametrize("rows", [False, True], ids=["one order", "an order a row"])
+def test_tokens_in_another_order_see_the_same(mesh, rows):
+    """Permuted with their positions, tokens get what they got in their order."""
+    q, k, v = (np.tile(x, (4, 1, 1, 1)) for x in random_qkv())
+    segments = np.tile(SEGMENTS, (4, 1))
+    order = np.array([np.random.default_rng(i).permutation(T) for i in range(4 * B)])
+    if not rows:
+        order[:] = order[0]
+
+    @jax.jit
+    def run(q, k, v, segments, positions):
+        mask = Mask(causal=True, window=5, segments=segments, positions=positions)
+        return attention(q, k, v, mask=mask, rules=RULES)
+
+    pick = lambda x: np.take_along_axis(  # noqa: E731
+        x, order.reshape(order.shape + (1,) * (x.ndim - 2)), axis=1
+    )
+    with jax.set_mesh(mesh := make_mesh(mesh)):
+        spec = RULES.spec(*(["batch", "seq"] if rows else ["seq"]))
+        places = jax.device_put((order if rows else order[0]).astype(np.int32), spec)
+        rows_of = parity.place_rows([pick(segments)], mesh)[0]
+        mixed = np.asarray(run(*placed(pick(q), pick(k), pick(v)), rows_of, places))
+    near = np.abs(np.arange(T)[:, None] - np.arange(T)) < 5
+    same = segments[:, None, :, None] == segments[:, None, None, :]
+    expected = jax.nn.dot_product_attention(q, k, v, mask=same & near, is_causal=True)
+    np.testing.assert_allclose(mixed, pick(np.asarray(expected)), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -154,19 +202,19 @@ def test_neighbours_share_a_key_on_any_mesh(mesh, rules):
     rng = np.random.default_rng(0)
     q = rng.standard_normal((B, T, 8, N)).astype(np.float32)
     k, v = rng.standard_normal((2, B, T, 2, N)).astype(np.float32)
-    mask = causal_mask(T, T, window=3)
 
     @jax.jit
     def run(q, k, v):
-        return attention(q, k, v, mask=causal_mask(T, T, window=3), rules=rules)
+        return attention(q, k, v, mask=Mask(causal=True, window=3), rules=rules)
 
     with jax.set_mesh(make_mesh(mesh)):
         heads = jax.device_put(q, rules.spec("batch", "seq", "act_heads", None))
         shared = rules.spec("batch", "seq", "act_kv_heads", None)
         mixed = np.asarray(run(heads, *jax.device_put((k, v), shared)))
     expected = jax.nn.dot_product_attention(
-        q, np.repeat(k, 4, axis=2), np.repeat(v, 4, axis=2), mask=mask
-    )
+        q, np.repeat(k, 4, axis=2), np.repeat(v, 4, axis=2),
+        is_causal=True, local_window_size=(2, 0),
+    )  # fmt: skip
     np.testing.assert_allclose(mixed, expected, rtol=1e-5, atol=1e-6)
 
 

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scaled dot-product attention (Vaswani et al. 2017, section 3.2.1) and its masks."""
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from lm_scale.models.layers import dropout
 from lm_scale.sharding import Rules
@@ -21,12 +23,60 @@ class Cache:
     length: Int[Array, ""]  # tokens already in it
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Mask:
+    """Which keys a query sees, said in words that a kernel can use.
+
+    All of these must hold: the key's position is not after the query's (`causal`); the
+    two are fewer than `window` places apart; they are of one segment (document). By
+    default every query sees every key.
+    """
+
+    causal: bool = field(default=False, metadata={"static": True})
+    window: int | None = field(default=None, metadata={"static": True})
+    segments: Int[Array, "B T"] | None = None  # of the queries; None: all are of one
+    key_segments: Int[Array, "B S"] | None = None  # None: those of the queries
+    # Of the queries, their places in the row; None: 0, 1, 2 ... Where they restart with
+    # each document, `segments` must keep the documents apart.
+    positions: Int[Array, "T"] | Int[Array, "B T"] | None = None
+    key_positions: Int[Array, "S"] | Int[Array, "B S"] | None = None  # None: as above
+
+    def matrix(self, queries: int, rules: Rules) -> Bool[Array, "#B 1 T S"] | None:
+        """True where each of so many queries may look; None: everywhere."""
+        seen = []
+        if self.causal or self.window is not None:
+            places = jnp.arange(queries) if self.positions is None else self.positions
+            back = _pairs(jnp.subtract, places, self.key_positions, rules)
+            if self.causal:
+                seen.append(back >= 0)
+            if self.window is not None:
+                seen.append(jnp.abs(back) < self.window)
+        if self.segments is not None:
+            seen.append(_pairs(jnp.equal, self.segments, self.key_segments, rules))
+        return functools.reduce(jnp.logical_and, seen) if seen else None
+
+
+def _pairs(
+    compare: Callable[[Array, Array], Array],
+    queries: Int[Array, "*B T"],
+    keys: Int[Array, "*B S"] | None,
+    rules: Rules,
+) -> Shaped[Array, "#B 1 T S"]:
+    """What `compare` makes of each query with each key (None: with each query)."""
+    # Each device compares its own queries with the keys of the whole sequence.
+    keys = queries if keys is None else keys
+    whole = jax.reshard(keys, rules.spec(*["batch", None][-keys.ndim :]))
+    queries, whole = jnp.atleast_2d(queries), jnp.atleast_2d(whole)
+    return compare(queries[:, None, :, None], whole[:, None, None, :])
+
+
 def attention(
     q: Float[Array, "B T H N"],
     k: Float[Array, "B S K N"],
     v: Float[Array, "B S K N"],
     *,
-    mask: Bool[Array, "#B 1 T S"] | None,
+    mask: Mask,
     rules: Rules,
     dropout_rate: float = 0.0,
     key: Key[Array, ""] | None = None,
@@ -34,10 +84,10 @@ def attention(
     """Each query's mean of the values, weighted by softmax(q·k / sqrt(N)).
 
     Each of the K key-value heads serves H/K query heads, neighbours (grouped-query
-    attention, Ainslie et al. 2023). `mask` is True where a query may look; a query that
-    may look nowhere (padding) gets the plain mean. Softmax in f32. Keys and values are
-    gathered along the sequence, so that with `seq` sharded (the mesh's context axis)
-    each device has its own queries and sees all keys.
+    attention, Ainslie et al. 2023). A query that `mask` lets look nowhere (padding)
+    gets the plain mean. Softmax in f32. Keys and values are gathered along the
+    sequence, so that with `seq` sharded (the mesh's context axis) each device has its
+    own queries and sees all keys.
     """
     (B, T, H, N), K = q.shape, k.shape[2]
     whole_seq = rules.spec("batch", None, "act_kv_heads", None)
@@ -53,31 +103,11 @@ def attention(
     scores = jnp.einsum(
         "BTKJN,BSKN->BKJTS", q * N**-0.5, k, preferred_element_type=jnp.float32
     )
-    if mask is not None:
-        scores = jnp.where(mask[:, None], scores, jnp.finfo(scores.dtype).min)
+    seen = mask.matrix(T, rules)
+    if seen is not None:
+        scores = jnp.where(seen[:, None], scores, jnp.finfo(scores.dtype).min)
     probs = jax.nn.softmax(scores).astype(v.dtype)
     probs = dropout(probs, dropout_rate, key)
     mixed = jnp.einsum("BKJTS,BSKN->BTKJN", probs, v)
     whole = rules.spec("batch", "seq", "act_heads", None)
     return jnp.reshape(mixed, (B, T, H, N), out_sharding=whole)
-
-
-def causal_mask(
-    queries: int,
-    keys: int,
-    start: int | Int[Array, ""] = 0,
-    window: int | None = None,
-) -> Bool[Array, "1 1 T S"]:
-    """Query i stands at position start + i and sees the keys up to its own position.
-
-    Of these the last `window` only (None: all).
-    """
-    back = start + jnp.arange(queries)[:, None] - jnp.arange(keys)[None, :]
-    seen = back >= 0 if window is None else (back >= 0) & (back < window)
-    return seen[None, None]
-
-
-def segment_mask(segments: Int[Array, "B T"], rules: Rules) -> Bool[Array, "B 1 T T"]:
-    """Tokens see the tokens of their own segment (document) only."""
-    keys = jax.reshard(segments, rules.spec("batch", None))
-    return (segments[:, :, None] == keys[:, None, :])[:, None]

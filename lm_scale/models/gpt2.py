@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from lm_scale.errors import InputError
-from lm_scale.models.attention import Cache, attention, causal_mask, segment_mask
+from lm_scale.models.attention import Cache, Mask, attention
 from lm_scale.models.layers import (
     Compute,
     LayerNorm,
@@ -206,11 +206,10 @@ class GPT2(nnx.Module):
         """Final hidden states; `head` makes logits of them.
 
         `segments` numbers the documents of a row: attention stays inside each.
-        `positions` default to 0, 1, 2 ... `key` switches dropout on.
+        `positions` default to 0, 1, 2 ...; a token sees none that is after its own.
+        `key` switches dropout on.
         """
-        mask = causal_mask(tokens.shape[1], tokens.shape[1])
-        if segments is not None:
-            mask = mask & segment_mask(segments, self.compute.rules)
+        mask = Mask(causal=True, segments=segments, positions=positions)
         embed_key, blocks_key = split_key(key, 2)
         x = self.embed_tokens(tokens, positions)
         x = dropout(x, self.config.embed_dropout, embed_key)
@@ -254,9 +253,11 @@ class GPT2(nnx.Module):
     ) -> tuple[Float[Array, "B V"], Cache]:
         """Logits after the last of `tokens`, which follow those in `cache`."""
         length = tokens.shape[1]
-        mask = causal_mask(length, cache.k.shape[2], start=cache.length)
-        positions = jnp.broadcast_to(cache.length + jnp.arange(length), tokens.shape)
-        x = self.embed_tokens(tokens, positions)
+        places = cache.length + jnp.arange(length)
+        mask = Mask(
+            causal=True, positions=places, key_positions=jnp.arange(cache.k.shape[2])
+        )
+        x = self.embed_tokens(tokens, jnp.broadcast_to(places, tokens.shape))
 
         def apply(block, x, past):
             return block(x, mask=mask, cache=(*past, cache.length))

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from lm_scale.errors import InputError
-from lm_scale.models.attention import Cache, attention, causal_mask, segment_mask
+from lm_scale.models.attention import Cache, Mask, attention
 from lm_scale.models.layers import (
     Compute,
     RMSNorm,
@@ -319,12 +319,14 @@ class Llama(nnx.Module):
         """Final hidden states; `head` makes logits of them.
 
         `segments` numbers the documents of a row: attention stays inside each.
-        `positions` default to 0, 1, 2 ... `key` switches dropout on.
+        `positions` default to 0, 1, 2 ...; a token sees none that is after its own.
+        `key` switches dropout on.
         """
         length, rules = tokens.shape[1], self.compute.rules
-        mask = causal_mask(length, length, window=self.config.window)
-        if segments is not None:
-            mask = mask & segment_mask(segments, rules)
+        mask = Mask(
+            causal=True, window=self.config.window, segments=segments,
+            positions=positions,
+        )  # fmt: skip
         if positions is None:
             positions = jax.reshard(jnp.arange(length), rules.spec("seq"))
         assert positions is not None
@@ -369,10 +371,12 @@ class Llama(nnx.Module):
     ) -> tuple[Float[Array, "B V"], Cache]:
         """Logits after the last of `tokens`, which follow those in `cache`."""
         length = tokens.shape[1]
-        mask = causal_mask(
-            length, cache.k.shape[2], start=cache.length, window=self.config.window
-        )
-        tables = self.rotary_tables(cache.length + jnp.arange(length))
+        places = cache.length + jnp.arange(length)
+        mask = Mask(
+            causal=True, window=self.config.window,
+            positions=places, key_positions=jnp.arange(cache.k.shape[2]),
+        )  # fmt: skip
+        tables = self.rotary_tables(places)
         x = embed(self.tokens, tokens, self.compute)
 
         def apply(block, x, past):

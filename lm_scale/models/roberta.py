@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from lm_scale.errors import InputError
-from lm_scale.models.attention import attention, segment_mask
+from lm_scale.models.attention import Mask, attention
 from lm_scale.models.layers import (
     Compute,
     LayerNorm,
@@ -147,7 +147,7 @@ class Block(nnx.Module):
         self.norm2 = LayerNorm(D, config.norm_epsilon)
 
     def __call__(self, x, *, mask, key=None):
-        """x: [B T D]; mask: [B 1 T T] or None (all see all)."""
+        """x: [B T D]."""
         attention_key, out_key, mlp_key = split_key(key, 3)
         attended = self.attend(x, mask, attention_key)
         x = self.norm1(x + dropout(attended, self.config.dropout, out_key))
@@ -215,15 +215,12 @@ class Roberta(nnx.Module):
         inside each. `positions` default to transformers' rule: tokens that are not
         padding are counted from pad_id + 1 on. `key` switches dropout on.
         """
-        mask = None
-        if segments is not None:
-            mask = segment_mask(segments, self.compute.rules)
         embed_key, blocks_key = split_key(key, 2)
         x = self.embed_tokens(tokens, positions)
         x = dropout(self.embed_norm(x), self.config.dropout, embed_key)
 
         def apply(block, x, key):
-            return block(x, mask=mask, key=key), None
+            return block(x, mask=Mask(segments=segments), key=key), None
 
         keys = layer_keys(blocks_key, self.config.layers)
         x, _ = scan_blocks(self.blocks, apply, x, keys, remat=self.compute.remat)
