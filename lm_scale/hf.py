@@ -1,27 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face folders, in both directions: config.json, tokenizer, model.safetensors.
+"""Hugging Face folders, in both directions: config.json, tokenizer, safetensors.
 
 transformers reads and writes configs and tokenizers; the mathematics is our own, and
-the weights pass through safetensors by the families' name tables.
+the weights pass through safetensors by the families' name tables. No process holds the
+whole model: each reads what its devices hold, and writes some of the files.
 """
 
+import functools
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
-from safetensors.numpy import save_file
+from jax.experimental.multihost_utils import sync_global_devices
+from jax.sharding import Mesh
 
 from lm_scale.data.tokenizer import TOKENIZER_FILES
 from lm_scale.errors import InputError, one_line
+from lm_scale.hf_shards import deal_out, publish, write_files
+from lm_scale.hf_tensors import block_to_hf, check_tensors, is_stacked, read_part
 from lm_scale.models import Model, ModelConfig, family_of, family_of_type
-from lm_scale.models.layers import HFWeight
-from lm_scale.sharding import Params, declarations, flatten, unflatten
-from lm_scale.weight_files import FLAX, NO_PICKLES, SAFETENSORS, files_of, read_tensors
+from lm_scale.sharding import (
+    Params,
+    abstract_params,
+    declarations,
+    flatten,
+    unflatten,
+)
+from lm_scale.weight_files import (
+    FLAX,
+    NO_PICKLES,
+    SAFETENSORS,
+    SAFETENSORS_INDEX,
+    Tensor,
+    files_of,
+    open_tensors,
+)
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -29,7 +45,7 @@ Tensors = Mapping[str, np.ndarray]
 _SETTINGS = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 _SAFETENSORS_FILES = (
     SAFETENSORS,
-    f"{SAFETENSORS}.index.json",
+    SAFETENSORS_INDEX,
     "model-*-of-*.safetensors",
 )
 _FLAX_FILES = (
@@ -42,32 +58,26 @@ _FLAX_FILES = (
 def export(config: ModelConfig, params: Params, tokenizer, folder: Path | str) -> None:
     """Writes a folder that `transformers.AutoModelFor...` and `AutoTokenizer` load.
 
-    Weights are float32. Gathers the model on each host; process 0 writes. A file gets
-    its name when it is whole, and the weights get theirs last.
+    Weights are float32, in one file, or in several with an index. All processes call
+    it, with one folder that all of them see; each writes its share of the files. A file
+    gets its name when it is whole, and the weights get theirs last.
     """
-    gathered = multihost_utils.process_allgather(params, tiled=True)
-    if jax.process_index() != 0:
-        return
-    folder = Path(folder)
-    draft = folder / ".export"
-    shutil.rmtree(draft, ignore_errors=True)  # of an export that was killed
-    draft.mkdir(parents=True)
+    folder, leads = Path(folder), jax.process_index() == 0
+    draft, files = folder / ".export", deal_out(config, flatten(params))
     try:
-        _write_settings(config, tokenizer, draft)
-        save_file(
-            to_hf(config, gathered), draft / SAFETENSORS, metadata={"format": "pt"}
-        )
-        # safetensors lets nobody but the owner read; this is a file as the others.
-        shutil.copymode(draft / "config.json", draft / SAFETENSORS)
-        files = (path for path in draft.rglob("*") if path.is_file())
-        for path in sorted(files, key=lambda path: path.name == SAFETENSORS):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())  # or a power cut may leave the new name empty
-            target = folder / path.relative_to(draft)
-            target.parent.mkdir(exist_ok=True)
-            os.replace(path, target)
+        if leads:
+            shutil.rmtree(draft, ignore_errors=True)  # of an export that was killed
+            draft.mkdir(parents=True)
+            _write_settings(config, tokenizer, draft)
+        sync_global_devices("lm_scale.export: the draft's folder is there")
+        write_files(files, draft)
+        sync_global_devices("lm_scale.export: the draft is whole")
+        if leads:
+            publish(draft, folder)
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        if leads:
+            shutil.rmtree(draft, ignore_errors=True)
+    sync_global_devices("lm_scale.export: the folder is whole")
 
 
 def _write_settings(config: ModelConfig, tokenizer, folder: Path) -> None:
@@ -174,13 +184,29 @@ def _with_defaults(content: dict) -> dict:
         ) from error
 
 
-def read_params(folder: Path | str, model: Model) -> Params:
-    """The parameters (float32 numpy) of a folder with safetensors or Flax weights.
+def read_params(folder: Path | str, model: Model, mesh: Mesh) -> Params:
+    """The parameters of a folder with safetensors or Flax weights, on the mesh.
 
-    Raises InputError as `read_tensors` does, and naming a tensor that is missing or has
-    another shape.
+    Of safetensors, a process reads what its devices hold. Raises InputError as
+    `open_tensors` does, and, before it reads a value, as `check_tensors`.
     """
-    return from_hf(model, read_tensors(Path(folder)))
+    tensors = open_tensors(Path(folder))
+    check_tensors(model, tensors)
+    names = family_of(model.config).hf_names
+
+    def read(path: str, target: jax.ShapeDtypeStruct) -> jax.Array:
+        @functools.cache  # jax asks for each device, and replicas hold the same part
+        def part(*ranges):
+            return read_part(path, names[path], tensors, target.shape, ranges)
+
+        def shard(index) -> np.ndarray:
+            sizes = zip(index, target.shape, strict=True)
+            return part(*(axis.indices(size)[:2] for axis, size in sizes))
+
+        return jax.make_array_from_callback(target.shape, target.sharding, shard)
+
+    targets = flatten(abstract_params(model, model.compute.rules, mesh))
+    return unflatten({path: read(path, target) for path, target in targets.items()})
 
 
 def to_hf(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
@@ -188,67 +214,21 @@ def to_hf(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
     tensors = {}
     names = family_of(config).hf_names
     for path, value in flatten(params).items():
-        value, entry = np.asarray(value, np.float32), names[path]
-        blocks = value if path.startswith("blocks.") else value[None]
+        blocks = np.asarray(value) if is_stacked(path) else np.asarray(value)[None]
         for layer, block in enumerate(blocks):
-            tensors |= _block_to_hf(entry, block, layer)
+            tensors |= block_to_hf(names[path], block, layer)
     return tensors
 
 
-def _block_to_hf(entry: HFWeight, block: np.ndarray, layer: int) -> Tensors:
-    several = len(entry.names) > 1
-    parts = np.moveaxis(block, entry.stack_axis, 0) if several else block[None]
-    tensors = {}
-    for name, part in zip(entry.names, parts, strict=True):
-        part = part.reshape(entry.matrix_shape(part.shape))
-        part = part.T if entry.transpose else part
-        tensors[name.format(layer=layer)] = np.ascontiguousarray(part)
-    return tensors
-
-
-def from_hf(model: Model, tensors: Tensors) -> Params:
+def from_hf(model: Model, tensors: Mapping[str, Tensor]) -> Params:
     """Hugging Face's tensors -> our parameters, float32 numpy.
 
     Raises InputError naming a tensor that is missing or has another shape.
     """
-    names = family_of(model.config).hf_names
-    params = {}
+    check_tensors(model, tensors)
+    names, params = family_of(model.config).hf_names, {}
     for path, weight in declarations(model).items():
-        shape, entry = weight.get_value().shape, names[path]
-        if path.startswith("blocks."):
-            blocks = [
-                _block_from_hf(entry, tensors, shape[1:], layer)
-                for layer in range(shape[0])
-            ]
-            params[path] = np.stack(blocks)
-        else:
-            params[path] = _block_from_hf(entry, tensors, shape, 0)
+        shape = weight.get_value().shape
+        whole = tuple((0, size) for size in shape)
+        params[path] = read_part(path, names[path], tensors, shape, whole)
     return unflatten(params)
-
-
-def _block_from_hf(
-    entry: HFWeight, tensors: Tensors, shape: tuple[int, ...], layer: int
-) -> np.ndarray:
-    axis, several = entry.stack_axis, len(entry.names) > 1
-    part_shape = shape[:axis] + shape[axis + 1 :] if several else shape
-    parts = []
-    for name in entry.names:
-        name = name.format(layer=layer)
-        # Saved without its head, as `openai-community/gpt2`: no `transformer.`.
-        tensor = tensors.get(name, tensors.get(name.partition(".")[2]))
-        if tensor is None:
-            raise InputError(
-                f"The Hugging Face checkpoint has no tensor {name!r}. Does the config "
-                "belong to these weights, and were they saved with the model's head?"
-            )
-        tensor = np.asarray(tensor, np.float32)
-        expected = entry.matrix_shape(part_shape)
-        expected = expected[::-1] if entry.transpose else expected
-        if tensor.shape != expected:
-            raise InputError(
-                f"Tensor {name!r} has shape {tensor.shape}, the model expects "
-                f"{expected}. Does the config belong to these weights?"
-            )
-        tensor = tensor.T if entry.transpose else tensor
-        parts.append(tensor.reshape(part_shape))
-    return np.stack(parts, axis) if several else parts[0]

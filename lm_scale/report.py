@@ -91,7 +91,7 @@ def report(
         table.add_row("checkpoint", Text(str(run_dir / "checkpoints")))
     if any(run_dir.glob("events.out.tfevents.*")):
         table.add_row("TensorBoard", Text(str(run_dir)))
-    if (run_dir / "model.safetensors").exists():
+    if any(run_dir.glob("model*.safetensors")):
         table.add_row("Hugging Face", Text(str(run_dir)))
     console.print(table)
 

@@ -15,7 +15,7 @@ from lm_scale.errors import InputError, differences
 from lm_scale.metrics import check_reporters
 from lm_scale.models import Model, build_model
 from lm_scale.run_json import resume_point
-from lm_scale.sharding import Params, abstract_params, check_divides, make_mesh
+from lm_scale.sharding import Params, check_divides, make_mesh
 from lm_scale.step import TrainState, abstract_state, init_state, start_state
 from lm_scale.weight_files import check_weights
 
@@ -90,9 +90,7 @@ def first_state(
 def read_weights(config: RunConfig, model: Model, mesh: Mesh) -> Params:
     """The parameters of `init_from`, on the mesh."""
     folder = hf.fetch(str(config.init_from), cache_dir=config.data.cache_dir)
-    weights = hf.read_params(folder, model)
-    target = abstract_params(model, config.compute.rules, mesh)
-    return jax.tree.map(lambda x, t: jax.device_put(x, t.sharding), weights, target)
+    return hf.read_params(folder, model, mesh)
 
 
 def fingerprint(batches: TrainBatches) -> dict[str, str | int]:

@@ -5,8 +5,9 @@ transformers 5 has no Flax; what its older versions trained is read from here on
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from lm_scale.errors import InputError, flatten, one_line
 
 SAFETENSORS = "model.safetensors"
+SAFETENSORS_INDEX = f"{SAFETENSORS}.index.json"
 FLAX = "flax_model.msgpack"
 NO_PICKLES = (
     "pickles (pytorch_model.bin) are never loaded, as they can run code; convert them "
@@ -26,28 +28,49 @@ NO_PICKLES = (
 _TORCH = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 
 
-def read_tensors(folder: Path) -> dict[str, np.ndarray]:
+class Tensor(Protocol):
+    """An array, in memory or on disk, of which one takes slices."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, index: Any, /) -> np.ndarray: ...
+
+
+class StoredTensor:
+    """A tensor in a safetensors file; reads the slices that are asked for, no more."""
+
+    def __init__(self, stored):
+        self.stored = stored  # what safetensors' `get_slice` gives; keeps the file open
+        self.shape: tuple[int, ...] = tuple(stored.get_shape())
+
+    def __getitem__(self, index: Any, /) -> np.ndarray:
+        return self.stored[index]
+
+
+def open_tensors(folder: Path) -> Mapping[str, Tensor]:
     """The tensors of a folder by their torch names, in the types they are kept in.
 
-    Takes `model.safetensors`, or else `flax_model.msgpack`, each of them in one file or
-    in several with an index (`model.safetensors.index.json`). Raises InputError if
-    there is neither, for pickles and for a damaged file.
+    Takes `model.safetensors`, of which only the headers are read here, or else
+    `flax_model.msgpack`, which is read whole; each of them in one file or in several
+    with an index (`model.safetensors.index.json`). Raises InputError if there is
+    neither, for pickles and for a damaged file.
     """
     files, read = _find(folder)
     return {key: x for file in files for key, x in read(file).items()}
 
 
 def check_weights(folder: Path) -> None:
-    """Raises the InputError of `read_tensors` if it would find no weights to read.
+    """Raises the InputError of `open_tensors` if it would find no weights to read.
 
     Opens none of them, so it is cheap before long work; damage shows when reading.
     """
     _find(folder)
 
 
-def _find(folder: Path) -> tuple[list[Path], Callable[[Path], dict[str, np.ndarray]]]:
-    """The files of the weights and what reads one of them."""
-    for name, read in ((SAFETENSORS, _read_safetensors), (FLAX, _read_flax)):
+def _find(folder: Path) -> tuple[list[Path], Callable[[Path], Mapping[str, Tensor]]]:
+    """The files of the weights and what opens one of them."""
+    for name, read in ((SAFETENSORS, _open_safetensors), (FLAX, _read_flax)):
         if files := files_of(folder, name):
             return files, read
     pickles = any(folder.glob("pytorch_model*.bin"))
@@ -77,10 +100,10 @@ def files_of(folder: Path, name: str) -> list[Path]:
     return [folder / file for file in files]
 
 
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
     try:
-        with safe_open(path, framework="numpy") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        file = safe_open(path, framework="numpy")
+        return {key: StoredTensor(file.get_slice(key)) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise InputError(f"Cannot read {path}: {error}") from error
 

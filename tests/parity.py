@@ -208,15 +208,12 @@ def one_device() -> Mesh:
 def load(folder: Path, mesh: Mesh) -> tuple[Model, Params]:
     """The float32 model of a Hugging Face folder; call it under `jax.set_mesh`."""
     model = build_model(hf.read_config(folder), Compute(dtype="float32"))
-    return model, _put(hf.read_params(folder, model), model, mesh)
+    return model, hf.read_params(folder, model, mesh)
 
 
 def placed(model: Model, tensors: hf.Tensors, mesh: Mesh) -> Params:
     """The parameters, as a checkpoint would put them on the mesh."""
-    return _put(hf.from_hf(model, tensors), model, mesh)
-
-
-def _put(params: Params, model: Model, mesh: Mesh) -> Params:
+    params = hf.from_hf(model, tensors)
     targets = abstract_params(model, model.compute.rules, mesh)
     return jax.tree.map(lambda x, to: jax.device_put(x, to.sharding), params, targets)
 

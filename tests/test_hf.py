@@ -14,7 +14,7 @@ import parity
 import pytest
 from safetensors.numpy import save_file
 
-from lm_scale import hf
+from lm_scale import hf, hf_shards
 from lm_scale.data.tokenizer import TokenizerConfig, train_tokenizer
 from lm_scale.errors import InputError
 from lm_scale.models import build_model, family_of
@@ -45,6 +45,10 @@ each = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 def model_of(config):
     return build_model(config, Compute())
+
+
+def read_params(folder, config):
+    return hf.read_params(folder, model_of(config), parity.one_device())
 
 
 def assert_bit_equal(a, b):
@@ -100,7 +104,7 @@ def test_files_are_read_as_float32_and_extra_tensors_ignored(tmp_path, config, d
     tensors = {name: x.astype(np.float32) for name, x in stored.items()}
     stored["something.else"] = np.zeros(3, np.int64)
     write_model(tmp_path, config, stored)
-    params = hf.read_params(tmp_path, model_of(config))
+    params = read_params(tmp_path, config)
     assert_bit_equal(hf.to_hf(config, params), tensors)
 
 
@@ -109,7 +113,7 @@ def test_the_names_of_gpt2_on_the_hub(tmp_path):
     tensors = parity.random_tensors(GPT2)
     bare = {name.removeprefix("transformer."): x for name, x in tensors.items()}
     write_model(tmp_path, GPT2, bare)
-    params = hf.read_params(tmp_path, model_of(GPT2))
+    params = read_params(tmp_path, GPT2)
     assert_bit_equal(hf.to_hf(GPT2, params), tensors)
 
 
@@ -156,7 +160,7 @@ def test_fewer_rows_of_positions_than_the_config_says():
 
 def test_a_folder_without_weights(tmp_path):
     with pytest.raises(InputError, match="model.safetensors"):
-        hf.read_params(write_config(tmp_path, GPT2.to_hf()), model_of(GPT2))
+        read_params(write_config(tmp_path, GPT2.to_hf()), GPT2)
 
 
 def test_a_damaged_file(tmp_path):
@@ -164,7 +168,7 @@ def test_a_damaged_file(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(InputError, match="model.safetensors"):
-        hf.read_params(tmp_path, model_of(GPT2))
+        read_params(tmp_path, GPT2)
 
 
 def sharded(folder, tensors):
@@ -181,18 +185,18 @@ def sharded(folder, tensors):
 def test_a_checkpoint_in_several_files(tmp_path):
     tensors = parity.random_tensors(ROBERTA)
     sharded(tmp_path, tensors)
-    params = hf.read_params(tmp_path, model_of(ROBERTA))
+    params = read_params(tmp_path, ROBERTA)
     assert_bit_equal(hf.to_hf(ROBERTA, params), tensors)
     (tmp_path / "b.safetensors").unlink()
     with pytest.raises(InputError, match="b.safetensors"):
-        hf.read_params(tmp_path, model_of(ROBERTA))
+        read_params(tmp_path, ROBERTA)
 
 
 def test_one_whole_file_goes_before_an_index(tmp_path):
     """As in transformers: a folder may hold an older checkpoint's index."""
     sharded(tmp_path, {})
     write_model(tmp_path, GPT2, tensors := parity.random_tensors(GPT2))
-    params = hf.read_params(tmp_path, model_of(GPT2))
+    params = read_params(tmp_path, GPT2)
     assert_bit_equal(hf.to_hf(GPT2, params), tensors)
 
 
@@ -203,7 +207,7 @@ INDICES = ["{", "{}", "[]", '{"weight_map": []}', '{"weight_map": {"a": ["b"]}}'
 def test_a_damaged_index(tmp_path, index):
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(InputError, match="model.safetensors.index.json"):
-        hf.read_params(tmp_path, model_of(GPT2))
+        read_params(tmp_path, GPT2)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +216,7 @@ def test_a_damaged_index(tmp_path, index):
 def test_pickles_are_refused_with_the_way_out(tmp_path, name):
     (tmp_path / name).write_bytes(b"cos\nsystem\n(S'false'\ntR.")
     with pytest.raises(InputError, match="never loaded.*save_pretrained"):
-        hf.read_params(tmp_path, model_of(GPT2))
+        read_params(tmp_path, GPT2)
 
 
 # --- Export ---------------------------------------------------------------------------
@@ -227,7 +231,8 @@ def tokenizer():
 def export(folder, tokenizer, config=GPT2):
     config = replace(config, vocab=300)
     tensors = parity.random_tensors(config)
-    hf.export(config, hf.from_hf(model_of(config), tensors), tokenizer, folder)
+    params = parity.placed(model_of(config), tensors, parity.one_device())
+    hf.export(config, params, tokenizer, folder)
 
 
 def test_the_files_of_an_export(tmp_path, tokenizer):
@@ -262,7 +267,7 @@ def test_an_export_that_fails_leaves_the_files_before_it(
         path.write_bytes(b"half of")
         raise OSError("no space left")
 
-    monkeypatch.setattr(hf, "save_file", full_disk)
+    monkeypatch.setattr(hf_shards, "save_file", full_disk)
     with pytest.raises(OSError, match="no space left"):
         export(tmp_path, tokenizer, replace(GPT2, layers=1))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

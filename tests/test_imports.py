@@ -26,6 +26,8 @@ ORDER = (
     ("data.*", "models.attention", "models.rotary"),
     ("models.*",),  # the families, which do not know one another
     ("models",),
+    ("hf_tensors",),
+    ("hf_shards",),
     ("hf", "generate", "step", "shapes"),
     ("checkpoint", "evaluate"),
     ("config",),
@@ -90,7 +92,7 @@ def test_imports_run_one_way(module):
 def test_the_reader_of_imports_sees_them():
     """What the test above relies on, with one import of each form."""
     assert {"sharding", "models.layers"} <= own_imports("models.gpt2")
-    assert {"models", "models.layers"} <= own_imports("hf")
+    assert {"models", "models.layers"} <= own_imports("hf_tensors")
     assert "lm_scale" in own_imports("checkpoint")  # `from lm_scale import __version__`
     assert {"hf", "step", "data.loader"} <= own_imports("trainer")
     assert "trainer" in own_imports("__main__")  # inside functions

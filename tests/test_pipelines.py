@@ -44,7 +44,8 @@ def exported_of(family, folder) -> Exported:
     tokenizer = train_tokenizer(texts, TokenizerConfig(vocab_size=270, kind=kind))
     tensors = parity.random_tensors(config)
     model = build_model(config, Compute())
-    hf.export(config, hf.from_hf(model, tensors), tokenizer, folder)
+    params = parity.placed(model, tensors, parity.one_device())
+    hf.export(config, params, tokenizer, folder)
     return Exported(folder, config, tensors)
 
 
@@ -103,7 +104,7 @@ def test_weights_pass_through_transformers_bit_for_bit(exported, tmp_path):
     with silence():
         auto_class(exported).from_pretrained(exported.folder).save_pretrained(tmp_path)
     assert hf.read_config(tmp_path) == exported.config
-    back = flatten(hf.read_params(tmp_path, exported.model))
+    back = flatten(hf.read_params(tmp_path, exported.model, parity.one_device()))
     ours = flatten(hf.from_hf(exported.model, exported.tensors))
     assert back.keys() == ours.keys()
     for name, x in ours.items():

@@ -19,7 +19,7 @@ from lm_scale.evaluate import evaluate
 from lm_scale.models import build_model
 from lm_scale.run_json import read_run
 from lm_scale.runs import open_run
-from lm_scale.sharding import MeshShape, flatten
+from lm_scale.sharding import MeshShape, flatten, make_mesh
 from lm_scale.trainer import train
 
 QUIET = Console(quiet=True)
@@ -59,7 +59,7 @@ def test_the_export_holds_the_final_weights(straight):
     folder = Path(config.run_dir)
     assert hf.read_config(folder) == config.model
     model = build_model(config.model, config.compute)
-    exported = flatten(hf.read_params(folder, model))
+    exported = flatten(hf.read_params(folder, model, make_mesh(MeshShape())))
     for path, value in final_params(config.run_dir).items():
         np.testing.assert_array_equal(exported[path], value, err_msg=path)
 

@@ -27,7 +27,7 @@ from lm_scale.errors import InputError
 from lm_scale.models import build_model
 from lm_scale.models.layers import Compute
 from lm_scale.sharding import flatten
-from lm_scale.weight_files import check_weights, read_tensors
+from lm_scale.weight_files import check_weights, open_tensors
 
 # torch's name -> Flax's path, and how a Flax array is made of torch's.
 DENSE, CONV1D = (lambda x: x.T), (lambda x: x.T)  # (in, out), and (out, in) for Conv1D
@@ -139,6 +139,10 @@ def model_of(family):
     return build_model(config_of(family), Compute())
 
 
+def read_params(folder, family):
+    return hf.read_params(folder, model_of(family), parity.one_device())
+
+
 def as_flax(family, tensors):
     """The parameters as a transformers Flax model held them, by "a/b/c" paths."""
     flat = {}
@@ -162,7 +166,7 @@ def expected_of(family, tensors):
 
 
 def assert_read_as(folder, family, expected):
-    read = flatten(hf.read_params(folder, model_of(family)))
+    read = flatten(read_params(folder, family))
     assert read.keys() == expected.keys()
     for name, x in expected.items():
         assert read[name].dtype == x.dtype == np.float32
@@ -191,7 +195,7 @@ def test_flax_weights_of_a_torch_model_are_read_as_its_safetensors(tmp_path, fam
     (tmp_path / "flax").mkdir()
     write_flax(tmp_path / "flax" / "flax_model.msgpack", as_flax(family, state))
     model.save_pretrained(tmp_path / "torch")
-    expected = flatten(hf.read_params(tmp_path / "torch", model_of(family)))
+    expected = flatten(read_params(tmp_path / "torch", family))
     assert_read_as(tmp_path / "flax", family, expected)
 
 
@@ -218,7 +222,7 @@ def test_several_files_with_an_index(tmp_path, family, tensors):
     assert_read_as(tmp_path, family, expected_of(family, tensors))
     (tmp_path / file).unlink()
     with pytest.raises(InputError, match=file):
-        hf.read_params(tmp_path, model_of(family))
+        read_params(tmp_path, family)
 
 
 def test_large_arrays_come_in_chunks(tmp_path, family, tensors, monkeypatch):
@@ -249,7 +253,7 @@ def test_roberta_without_its_head_is_refused(tmp_path):
     }
     write_flax(tmp_path / "flax_model.msgpack", bare)
     with pytest.raises(InputError, match=r"lm_head\.dense\.weight.*head"):
-        hf.read_params(tmp_path, model_of("roberta"))
+        read_params(tmp_path, "roberta")
 
 
 def test_what_is_no_weight_of_the_model_is_left_out(tmp_path, family, tensors):
@@ -279,7 +283,7 @@ def test_missing_weights_are_refused_before_reading(tmp_path, names):
         with pytest.raises(InputError, match="has neither") as early:
             check_weights(folder)
         with pytest.raises(InputError) as late:
-            read_tensors(folder)
+            open_tensors(folder)
         assert str(early.value) == str(late.value)
     with pytest.raises(InputError) as caught:
         check_weights(tmp_path)
@@ -335,7 +339,7 @@ DAMAGED = {
 def test_a_damaged_file_is_named(tmp_path, damage):
     (tmp_path / "flax_model.msgpack").write_bytes(DAMAGED[damage]())
     with pytest.raises(InputError, match="flax_model.msgpack") as caught:
-        hf.read_params(tmp_path, model_of("gpt2"))
+        read_params(tmp_path, "gpt2")
     assert "\n" not in str(caught.value)
 
 
@@ -362,7 +366,7 @@ def test_a_pickle_in_the_file_is_not_run(tmp_path):
     ):
         (tmp_path / "flax_model.msgpack").write_bytes(packed)
         with pytest.raises(InputError):
-            hf.read_params(tmp_path, model_of("gpt2"))
+            read_params(tmp_path, "gpt2")
     assert not exploded.exists()
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from tiny import write_corpus
@@ -18,7 +19,7 @@ from lm_scale import hf
 from lm_scale.__main__ import main
 from lm_scale.models import build_model
 from lm_scale.run_json import read_run
-from lm_scale.sharding import flatten
+from lm_scale.sharding import MeshShape, flatten, make_mesh
 
 ROOT = Path(__file__).parents[2]
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
@@ -124,9 +125,10 @@ SHORT = ["--output_dir=out", "--train_file=oscar/unshuffled_deduplicated_no/corp
          "--block_size=32", "--learning_rate=1e-2"]  # fmt: skip
 
 
-def weights(folder: Path) -> dict[str, np.ndarray]:
+def weights(folder: Path) -> dict[str, jax.Array]:
     config = read_run(folder)
-    return flatten(hf.read_params(folder, build_model(config.model, config.compute)))
+    model = build_model(config.model, config.compute)
+    return flatten(hf.read_params(folder, model, make_mesh(MeshShape())))
 
 
 def test_the_same_command_again_goes_on(home, capsys):

@@ -179,13 +179,15 @@ def home(tmp_path_factory):
 
 
 def random_weights(model):
+    import jax
     import numpy as np
 
     from lm_scale.sharding import map_declarations
 
     rng = np.random.default_rng(0)
     return map_declarations(
-        model, lambda _, w: rng.normal(size=w.get_value().shape).astype(np.float32)
+        model,
+        lambda _, w: jax.device_put(np.float32(rng.normal(size=w.get_value().shape))),
     )
 
 
