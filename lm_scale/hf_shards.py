@@ -17,7 +17,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
 from lm_scale.hf_tensors import block_to_hf, is_stacked
@@ -114,20 +114,26 @@ def _write_index(files: Sequence[Sequence[Block]], draft: Path) -> None:
 
 
 def _gather(block: Block) -> jax.Array:
-    """The block as an array that this process can read: one layer of one weight."""
-    local = block.weight.is_fully_addressable
-    if local and block.layer is None:
-        return block.weight
-    # Waited for: a process that reads it not would run ahead and fill its devices.
-    return _take(block.weight, block.layer, replicate=not local).block_until_ready()
+    """The block as an array that this process can read; each process calls it."""
+    weight, whole = block.weight, None
+    if not weight.is_fully_addressable:
+        assert isinstance(weight.sharding, NamedSharding)
+        whole = NamedSharding(weight.sharding.mesh, PartitionSpec())
+    elif block.layer is None:
+        return weight
+    # Waited for, or the processes that do not read it would run ahead of the one that
+    # does, and fill their devices.
+    return _take(weight, block.layer, whole).block_until_ready()
 
 
-@functools.partial(jax.jit, static_argnames="replicate")
-def _take(weight: jax.Array, layer: int | None, *, replicate: bool) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=2)
+def _take(
+    weight: jax.Array, layer: int | None, sharding: NamedSharding | None
+) -> jax.Array:
     """The layer's number is traced, so that all layers share a program."""
     if layer is not None:
         weight = jax.lax.dynamic_index_in_dim(weight, layer, keepdims=False)
-    return jax.reshard(weight, PartitionSpec()) if replicate else weight
+    return weight if sharding is None else jax.reshard(weight, sharding)
 
 
 def _flush(path: Path) -> None:

@@ -13,7 +13,11 @@ import parity
 import pytest
 
 from lm_scale import hf
-from lm_scale.data.tokenizer import TokenizerConfig, train_tokenizer
+from lm_scale.data.tokenizer import (
+    TokenizerConfig,
+    load_tokenizer,
+    train_tokenizer,
+)
 from lm_scale.generate import Sampling, complete, generate
 from lm_scale.losses import IGNORE
 from lm_scale.models import ModelConfig, build_model, family_of
@@ -100,9 +104,19 @@ def silence():
 # --- Weights --------------------------------------------------------------------------
 
 
-def test_weights_pass_through_transformers_bit_for_bit(exported, tmp_path):
+@pytest.mark.parametrize("most", [None, 9_000], ids=["one file", "several"])
+def test_weights_pass_through_transformers_bit_for_bit(
+    exported, tmp_path, monkeypatch, most
+):
+    folder = exported.folder
+    if most is not None:
+        monkeypatch.setattr("lm_scale.hf_shards.MAX_SHARD", most)
+        params = parity.placed(exported.model, exported.tensors, parity.one_device())
+        tokenizer = load_tokenizer(folder)
+        hf.export(exported.config, params, tokenizer, folder := tmp_path / "several")
+        assert len(list(folder.glob("model-*.safetensors"))) > 3
     with silence():
-        auto_class(exported).from_pretrained(exported.folder).save_pretrained(tmp_path)
+        auto_class(exported).from_pretrained(folder).save_pretrained(tmp_path)
     assert hf.read_config(tmp_path) == exported.config
     back = flatten(hf.read_params(tmp_path, exported.model, parity.one_device()))
     ours = flatten(hf.from_hf(exported.model, exported.tensors))
