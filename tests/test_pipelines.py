@@ -114,7 +114,7 @@ def test_weights_pass_through_transformers_bit_for_bit(
         params = parity.placed(exported.model, exported.tensors, parity.one_device())
         tokenizer = load_tokenizer(folder)
         hf.export(exported.config, params, tokenizer, folder := tmp_path / "several")
-        assert len(list(folder.glob("model-*.safetensors"))) > 3
+        assert len(list(folder.glob("model-*.safetensors"))) > 2
     with silence():
         auto_class(exported).from_pretrained(folder).save_pretrained(tmp_path)
     assert hf.read_config(tmp_path) == exported.config
