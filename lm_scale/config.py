@@ -22,6 +22,7 @@ from lm_scale.data.corpus import CorpusConfig
 from lm_scale.data.tokenizer import TokenizerConfig
 from lm_scale.errors import InputError
 from lm_scale.models import Compute, GPT2Config, ModelConfig, family_of
+from lm_scale.models.kernels import Kernel, choose_attention
 from lm_scale.objectives import CausalLM, MaskedLM, Objective
 from lm_scale.optim import AdamW, Optimizer, Schedule
 from lm_scale.sharding import MeshShape, shards
@@ -154,6 +155,11 @@ class RunConfig:
                 f"into {parts} part(s) ({'×'.join(rules.seq)}). "
                 f"Use a multiple of {parts}."
             )
+
+    def choose_attention(self, mesh: Mesh) -> tuple[Kernel, str]:
+        """What computes attention on this mesh, and why; InputError if it cannot."""
+        segments = self.data.examples == "documents"
+        return choose_attention(self.compute, self.model, mesh, segments=segments)
 
     def total_steps(self, examples: int) -> int:
         """Optimizer steps of the run, whose training split has so many sequences."""

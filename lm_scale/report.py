@@ -25,7 +25,7 @@ def describe(
     steps: int,
     console: Console,
 ) -> None:
-    """Prints each weight's sharding, then the run in four lines."""
+    """Prints each weight's sharding, then the run in five lines."""
     table = Table(
         Column("weight", no_wrap=True, min_width=18),
         "shape",
@@ -51,13 +51,16 @@ def describe(
     texts = f"sequences of {config.seq_len}"
     if config.data.examples == "documents":
         texts = f"documents of {batches.source.mean_length:.1f} on average"
+    _, attention = config.choose_attention(mesh)
+    shape = " ".join(sizes) or "1"
     say(
         console,
-        f"model    {type(config.model).__name__}, {weights:,} weights\n"
-        f"devices  {mesh.size} × {device.device_kind}, mesh {' '.join(sizes) or '1'}\n"
-        f"data     {batches.source.store.num_tokens:,} training tokens, "
+        f"model      {type(config.model).__name__}, {weights:,} weights\n"
+        f"devices    {mesh.size} × {device.device_kind}, mesh {shape}\n"
+        f"attention  {attention}\n"
+        f"data       {batches.source.store.num_tokens:,} training tokens, "
         f"{batches.examples:,} {texts}\n"
-        f"run      {steps:,} steps of {tokens:,} tokens = "
+        f"run        {steps:,} steps of {tokens:,} tokens = "
         f"{steps * config.batch / batches.examples:.2f} epochs, in {config.run_dir}",
     )
     if config.schedule.warmup >= steps:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What stands in a run's folders: its text made into batches, its newest weights."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -205,11 +206,16 @@ class OpenRun:
 def open_run(run_dir: str) -> OpenRun:
     """Loads a run onto the devices there are, in its own mesh if that fits them."""
     config = read_run(run_dir)
+    # What a run was told to use may not run here.
+    compute = dataclasses.replace(config.compute, attention="auto")
+    config = dataclasses.replace(config, compute=compute)
     try:
         mesh = make_mesh(config.mesh)
     except InputError:  # trained on another number of devices
         mesh = make_mesh(FULLY_SHARDED)
-    model = build_model(config.model, config.compute)
+    attention, _ = config.choose_attention(mesh)
+    compute = dataclasses.replace(compute, attention=attention)
+    model = build_model(config.model, compute)
     check_divides(model, config.compute.rules, mesh)
     if not has_checkpoints(run_dir):
         raise InputError(f"{run_dir} has no checkpoints yet. Train it first.")

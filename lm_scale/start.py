@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run starts from: its mesh, its model, and the newest weights there are."""
 
+import dataclasses
+
 import jax
 import optax
 from jax.sharding import Mesh
@@ -34,7 +36,9 @@ def set_up(config: RunConfig) -> tuple[Mesh, Model]:
     check_reporters(config.report_to)
     mesh = make_mesh(config.mesh)
     config.check_mesh(mesh)
-    model = build_model(config.model, config.compute)
+    attention, _ = config.choose_attention(mesh)
+    compute = dataclasses.replace(config.compute, attention=attention)
+    model = build_model(config.model, compute)
     check_divides(model, config.compute.rules, mesh)
     if config.init_from is not None:
         check_init_from(config)

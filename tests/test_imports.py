@@ -22,7 +22,7 @@ ORDER = (
     ("data.python_docs", "data.folders", "data.reading"),
     ("data.sources",),
     ("data.corpus", "data.store", "data.tokenizer", "losses", "models.layers"),
-    ("data.examples", "hub", "models.ring"),
+    ("data.examples", "hub", "models.kernels", "models.ring"),
     ("data.*", "models.attention", "models.rotary"),
     ("models.*",),  # the families, which do not know one another
     ("models",),

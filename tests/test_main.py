@@ -43,6 +43,7 @@ def test_every_command_of_a_run(kind, config_file, tmp_path, capsys):
     assert main(["train", config, "--steps", "12", "--mesh.fsdp", "2"]) == 0
     shown = capsys.readouterr().out
     assert "8 × cpu" in shown and "data=4 fsdp=2" in shown
+    assert "attention  xla (cpu)" in shown
     assert "held-out loss" in shown and "unigram loss" in shown
     loss = float(shown.split("held-out loss │ ")[1].split()[0])
     assert main(["eval", run]) == 0

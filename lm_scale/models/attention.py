@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
+from lm_scale.models.kernels import cudnn, splash
 from lm_scale.models.layers import dropout
-from lm_scale.sharding import Rules
+from lm_scale.sharding import Rules, shards
 
 
 @jax.tree_util.register_dataclass
@@ -78,6 +79,7 @@ def attention(
     *,
     mask: Mask,
     rules: Rules,
+    kernel: str = "xla",
     dropout_rate: float = 0.0,
     key: Key[Array, ""] | None = None,
 ) -> Float[Array, "B T H N"]:
@@ -88,7 +90,21 @@ def attention(
     gets the plain mean. Softmax in f32. Keys and values are gathered along the
     sequence, so that with `seq` sharded (the mesh's context axis) each device has its
     own queries and sees all keys.
+
+    `kernel` is what `kernels.choose_attention` chose for the run. Where a kernel cannot
+    do this call (generation with a cache, say), xla does it.
     """
+    uncut = shards(rules, jax.sharding.get_abstract_mesh(), "seq") == 1
+    in_order = mask.positions is None and mask.key_positions is None
+    if uncut and in_order and (key is None or dropout_rate == 0.0):
+        if kernel == "splash":
+            return splash(
+                q, k, v, causal=mask.causal, window=mask.window, rules=rules,
+                segments=mask.segments, key_segments=mask.key_segments,
+            )  # fmt: skip
+        both_ways = mask.window is not None and not mask.causal
+        if kernel == "cudnn" and mask.segments is None and not both_ways:
+            return cudnn(q, k, v, causal=mask.causal, window=mask.window, rules=rules)
     (B, T, H, N), K = q.shape, k.shape[2]
     whole_seq = rules.spec("batch", None, "act_kv_heads", None)
     k, v = jax.reshard(k, whole_seq), jax.reshard(v, whole_seq)

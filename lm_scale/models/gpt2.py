@@ -160,7 +160,7 @@ class Block(nnx.Module):
                 v = jax.lax.dynamic_update_slice_in_dim(v_past, v, length, axis=1)
                 cache = (k, v)
             mixed = attention(
-                q, k, v, mask=mask, rules=rules, key=key,
+                q, k, v, mask=mask, rules=rules, key=key, kernel=self.compute.attention,
                 dropout_rate=self.config.attention_dropout,
             )  # fmt: skip
             out = jnp.einsum(

@@ -30,6 +30,8 @@ class Compute:
     # What the backward pass computes again: nothing; all but the outputs of matrix
     # products with weights; or all inside a block.
     remat: Literal["none", "dots", "full"] = "dots"
+    # What computes attention; auto: the best for the devices (see models/kernels.py).
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     loss_chunk: int = 128  # positions of a sequence whose logits exist at one time
     rules: Rules = Rules()
 

@@ -160,7 +160,7 @@ class Block(nnx.Module):
             qkv = jnp.einsum("BTD,DCHN->CBTHN", x, self.qkv[...].astype(dtype))
             q, k, v = qkv + self.qkv_bias[...].astype(dtype)[:, None, None]
             mixed = attention(
-                q, k, v, mask=mask, rules=rules, key=key,
+                q, k, v, mask=mask, rules=rules, key=key, kernel=self.compute.attention,
                 dropout_rate=self.config.attention_dropout,
             )  # fmt: skip
             out = jnp.einsum(

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention without its matrix of scores: the kernels, and which one a run takes.
+
+    devices                     kernel  because
+    TPU v4 and later            splash  Pallas; passes over blocks that a mask rules out
+    TPU v2, v3                  xla     Mosaic has no bf16 matrix products for them
+    NVIDIA, capability >= 8.0   cudnn   flash attention of the maker, in bf16
+    others                      xla     einsum, softmax, einsum: `attention.attention`
+
+Flash attention (Dao et al. 2022) makes the scores a block at a time and keeps none, so
+its memory grows with the length of a sequence and not with its square. Masks and
+results are those of the plain path, but for rounding, and for a query that may look
+nowhere.
+Neither kernel drops out attention weights, or takes sequences that the mesh cuts.
+`choose_attention` settles it once, by the mesh's devices: a program may be compiled for
+TPUs on a machine that has none.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from lm_scale.errors import InputError
+from lm_scale.models.layers import Compute
+from lm_scale.sharding import Rules, shards
+
+Kernel = Literal["xla", "splash", "cudnn"]
+TPUS_WITHOUT_SPLASH = ("TPU v2", "TPU v3")
+NO_SEGMENT = jnp.iinfo(jnp.int32).min  # of the tokens that fill up a block
+LANES = 128  # Splash's blocks are multiples of it
+BLOCK = 512  # ... and of this size if the sequence is long enough
+
+
+def choose_attention(
+    compute: Compute, model: Any, mesh: Mesh, *, segments: bool
+) -> tuple[Kernel, str]:
+    """The kernel that a run takes on these devices, and a sentence that says why.
+
+    `model` is the config of any family; `segments`: rows hold documents that must not
+    see each other. Raises InputError if `compute.attention` names a kernel that cannot
+    do what this run needs.
+    """
+    device = mesh.devices.flat[0]
+    wanted = compute.attention
+    if wanted == "xla":
+        return "xla", f"xla ({device.device_kind})"
+    if wanted == "auto":
+        best: dict[str, Kernel] = {"tpu": "splash", "gpu": "cudnn"}
+        if device.platform not in best:
+            return "xla", f"xla ({device.device_kind})"
+        kernel = best[device.platform]
+    else:
+        kernel = wanted
+    reason = _obstacle(kernel, device, compute, model, mesh, segments)
+    if reason is None:
+        return kernel, f"{kernel} ({device.device_kind})"
+    if wanted == "auto":
+        return "xla", f"xla ({device.device_kind}), because {reason}"
+    raise InputError(
+        f"compute.attention = {wanted!r} does not work here, because {reason}. Change "
+        f"that, or set compute.attention to auto, which takes what works."
+    )
+
+
+def _obstacle(
+    kernel: Kernel,
+    device: Any,
+    compute: Compute,
+    model: Any,
+    mesh: Mesh,
+    segments: bool,
+) -> str | None:
+    """What keeps a run from this kernel, to be read after "because"."""
+    kind = device.device_kind
+    if kernel == "splash" and device.platform != "tpu":
+        return f"splash is for TPUs, and the devices are {kind}"
+    if kernel == "splash" and kind in TPUS_WITHOUT_SPLASH:
+        return f"splash needs a TPU v4 or later, and the devices are {kind}"
+    if kernel == "cudnn" and device.platform != "gpu":
+        return f"cudnn is for NVIDIA's GPUs, and the devices are {kind}"
+    if kernel == "cudnn":
+        reason = _cudnn_obstacle(device, compute, model, segments)
+        if reason is not None:
+            return reason
+    if model.attention_dropout:
+        return (
+            f"{kernel} does not drop out attention weights "
+            f"(model.attention_dropout = {model.attention_dropout})"
+        )
+    parts = shards(compute.rules, mesh, "seq")
+    if parts > 1:
+        return f"{kernel} takes whole sequences, and the mesh cuts them into {parts}"
+    return None
+
+
+def _cudnn_obstacle(
+    device: Any, compute: Compute, model: Any, segments: bool
+) -> str | None:
+    # "9.0"; AMD's GPUs, which are of this platform too, have another form of it.
+    capability = str(getattr(device, "compute_capability", "unknown"))
+    major = capability.partition(".")[0]
+    if not major.isdigit() or int(major) < 8:
+        return (
+            f"cudnn needs a GPU of NVIDIA's compute capability 8.0 (A100) or later, "
+            f"and that of {device.device_kind} is {capability}"
+        )
+    if compute.dtype != "bfloat16":
+        return f"cudnn computes in bfloat16 (compute.dtype = {compute.dtype})"
+    head_dim = getattr(model, "head_dim", model.embed // model.heads)
+    most = 256 if int(major) >= 9 else 128
+    if head_dim % 8 or head_dim > most:
+        return f"cudnn needs a head_dim of 8, 16 ... {most}, and it is {head_dim}"
+    if segments:
+        # They could be given as a matrix, but jax 0.10 then asks for the gradient of
+        # that too, which cuDNN has for a batch of one row only (jax issue 30593).
+        return "cudnn cannot keep the documents or the padding of a row apart"
+    return None
+
+
+def splash(
+    q: Float[Array, "B T H N"],
+    k: Float[Array, "B T K N"],
+    v: Float[Array, "B T K N"],
+    *,
+    causal: bool,
+    window: int | None,
+    segments: Int[Array, "B T"] | None,
+    key_segments: Int[Array, "B T"] | None,
+    rules: Rules,
+    interpret: bool = False,
+) -> Float[Array, "B T H N"]:
+    """`attention.attention` by the Pallas kernel for TPUs, forward and backward.
+
+    Sequences of any length, but not cut. `interpret` runs it on any device, slowly.
+    """
+    T = q.shape[1]
+    padded = -(-T // LANES) * LANES
+    if segments is None and padded > T and not causal:
+        segments = jnp.zeros(
+            q.shape[:2], jnp.int32, out_sharding=rules.spec("batch", None)
+        )
+    if key_segments is None:
+        key_segments = segments
+    block = math.gcd(padded, BLOCK)
+    blocks = splash_attention.BlockSizes(
+        block_q=block, block_kv=block,
+        block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block,
+    )  # fmt: skip
+    mask = _splash_mask(padded, causal, window)
+
+    def fill(x, value=0):
+        """Padding behind the sequence, so that the blocks divide it."""
+        return jnp.pad(
+            x,
+            [(0, 0), (0, padded - T), *[(0, 0)] * (x.ndim - 2)],
+            constant_values=value,
+        )
+
+    def attend(q, k, v, segments, key_segments):
+        heads, scale = q.shape[2], q.shape[3] ** -0.5
+        kernel = splash_attention.make_splash_mha_single_device(
+            splash_attention.MultiHeadMask([mask] * heads),
+            block_sizes=blocks, residual_checkpoint_name="attention",
+            interpret=interpret,
+        )  # fmt: skip
+        ids = None
+        if segments is not None:
+            ids = splash_attention.SegmentIds(
+                fill(segments, NO_SEGMENT), fill(key_segments, NO_SEGMENT)
+            )
+        q, k, v = (fill(x).swapaxes(1, 2) for x in (q * scale, k, v))
+        mixed: Any = jax.vmap(kernel)(q, k, v, ids)
+        return mixed.swapaxes(1, 2)[:, :T]
+
+    return _on_each_device(attend, q, k, v, segments, key_segments, rules=rules)
+
+
+def _splash_mask(length: int, causal: bool, window: int | None):
+    shape = (length, length)
+    if window is not None:
+        right = 0 if causal else window - 1
+        return splash_attention.LocalMask(shape, (window - 1, right), 0)
+    if causal:
+        return splash_attention.CausalMask(shape)
+    return splash_attention.FullMask(shape)
+
+
+def cudnn(
+    q: Float[Array, "B T H N"],
+    k: Float[Array, "B T K N"],
+    v: Float[Array, "B T K N"],
+    *,
+    causal: bool,
+    window: int | None,
+    rules: Rules,
+) -> Float[Array, "B T H N"]:
+    """`attention.attention` by cuDNN's kernel, forward and backward.
+
+    For bf16, whole sequences, no segments; a window in causal attention only.
+    """
+    attend = functools.partial(
+        jax.nn.dot_product_attention,
+        is_causal=causal, implementation="cudnn",
+        local_window_size=None if window is None else (window - 1, 0),
+    )  # fmt: skip
+    return _on_each_device(attend, q, k, v, rules=rules)
+
+
+def _on_each_device(
+    kernel: Callable[..., Array],
+    q: Float[Array, "B T H N"],
+    k: Float[Array, "B T K N"],
+    v: Float[Array, "B T K N"],
+    *segments: Int[Array, "B T"] | None,
+    rules: Rules,
+) -> Float[Array, "B T H N"]:
+    """`kernel` on each device's rows and heads."""
+    mine = rules.spec("batch", "seq", "act_heads", None)
+    if rules.act_kv_heads != rules.act_heads:
+        # Fewer key-value heads than parts: each device takes those of its queries.
+        k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    k, v = jax.reshard(k, mine), jax.reshard(v, mine)
+    rows = rules.spec("batch", "seq")
+    ids = [None if x is None else jax.reshard(x, rows) for x in segments]
+    return jax.shard_map(
+        kernel,
+        in_specs=(mine, mine, mine, *[rows] * len(ids)), out_specs=mine,
+        check_vma=False,  # a Pallas kernel does not say over which axes it varies
+    )(q, k, v, *ids)  # fmt: skip
