@@ -3,6 +3,7 @@
 
 Exit status: 0 done; 75 stopped by a signal, saved, run the same command to go on;
 2 wrong usage or input; 1 failed; 130 interrupted where there was nothing to save.
+Of several processes all have the same, but for one that is killed or crashes.
 """
 
 import os
@@ -16,12 +17,14 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 import signal
 import sys
 import threading
+import traceback
 from pathlib import Path
 from typing import Any
 
 import tyro
 
 from lm_scale import __version__
+from lm_scale.cluster import FLAGS_HELP
 from lm_scale.errors import InputError
 
 USAGE = f"""\
@@ -42,7 +45,8 @@ usage: lm-scale COMMAND ...
 
 `lm-scale COMMAND --help` tells more; `lm-scale train CONFIG --help` lists every field.
 Try: lm-scale train configs/quickstart.py
-"""
+
+{FLAGS_HELP}"""
 
 
 OUT_OF_MEMORY = """\
@@ -87,25 +91,60 @@ def main(argv: list[str] | None = None, *, script: str | None = None) -> int:
     name = f"lm-scale {command}" if script is None else Path(script).name
     hear_interrupts()
     try:
-        if command in ("mlm", "clm"):
-            from lm_scale.scripts.main import main
-
-            return main(command, rest, script=script)
-        return COMMANDS[command](rest)
-    except InputError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a full disk, a missing permission: the name is in it
-        print(f"{name}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted.", file=sys.stderr)
-        return 130
-    except RuntimeError as error:  # jax's errors are of this kind
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        return run(command, rest, script)
+    except BaseException as error:
+        status, text = explain(error)
+        end_others(error, name, status, text)
+        if text is None:
             raise
-        print(f"{name}: {OUT_OF_MEMORY}\n{error}", file=sys.stderr)
-        return 1
+        print(f"{name}: {text}", file=sys.stderr)
+        return status
+
+
+def run(command: str, argv: list[str], script: str | None) -> int:
+    """One command, on all the processes that it was started on."""
+    if command in ALONE:
+        return COMMANDS[command](argv)
+    from lm_scale import distributed
+
+    argv = distributed.connect(command, argv)
+    if command in ("mlm", "clm"):
+        from lm_scale.scripts.main import main
+
+        status = main(command, argv, script=script)
+    else:
+        status = COMMANDS[command](argv)
+    distributed.finish()
+    return status
+
+
+def explain(error: BaseException) -> tuple[int, str | None]:
+    """Exit status and message; None: unforeseen, a traceback says more."""
+    if isinstance(error, InputError):
+        return 2, str(error)
+    if isinstance(error, OSError):  # a full disk, a missing permission: it is named
+        return 1, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted."
+    if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+        return 1, f"{OUT_OF_MEMORY}\n{error}"  # jax's errors are of this kind
+    if isinstance(error, SystemExit):
+        return (error.code if isinstance(error.code, int) else 1), None
+    return 1, None
+
+
+def end_others(error: BaseException, name: str, status: int, text: str | None) -> None:
+    """Does not return if this is one process of several: all of them end."""
+    from lm_scale import distributed
+
+    if distributed.count() == 1:
+        return
+    if text is None:
+        traceback.print_exception(error)
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        if isinstance(error, RuntimeError):  # such as jax's
+            text += "\nIf a connection was lost, look first at how its peer has ended."
+    distributed.fail(f"{name}: {text}", status)
 
 
 # --- Commands that take a config file -------------------------------------------------
@@ -134,7 +173,7 @@ def simulate(devices: int) -> None:
     """Makes the CPU, where it is all there is, look like several devices."""
     import jax
 
-    if devices:
+    if devices and "JAX_NUM_CPU_DEVICES" not in os.environ:  # which jax has read
         jax.config.update("jax_num_cpu_devices", devices)
 
 
@@ -188,6 +227,15 @@ def arguments(kind: type, argv: list[str]):
     return tyro.cli(kind, args=argv, prog=f"lm-scale {kind.__name__.lower()}")
 
 
+def arguments_of_all(kind: type, argv: list[str]):
+    """The same, for a command of several processes, who must all have the same."""
+    from lm_scale.distributed import agree
+
+    options = arguments(kind, argv)
+    agree({f"--{name}": value for name, value in vars(options).items()})
+    return options
+
+
 def tokenizer_of_corpus(argv: list[str]) -> int:
     from lm_scale.commands import Tokenizer
 
@@ -223,19 +271,10 @@ def config_(argv: list[str]) -> int:
 def eval_(argv: list[str]) -> int:
     from lm_scale.commands import Eval
 
-    options = arguments(Eval, argv)
-    import jax
+    options = arguments_of_all(Eval, argv)
+    from lm_scale.runs import held_out_loss, open_run
 
-    from lm_scale.evaluate import evaluate
-    from lm_scale.runs import open_eval, open_run
-    from lm_scale.step import make_eval_step
-
-    run = open_run(options.run_dir)
-    with jax.set_mesh(run.mesh):
-        held_out = open_eval(run.config, run.tokenizer, run.mesh)
-        step = make_eval_step(run.model)
-        rules = run.config.compute.rules
-        results = evaluate(step, run.params, held_out, run.mesh, rules)
+    results = held_out_loss(open_run(options.run_dir))
     for name, value in results.items():
         print(f"eval_{name}: {value:.6g}")
     return 0
@@ -244,7 +283,7 @@ def eval_(argv: list[str]) -> int:
 def generate_(argv: list[str]) -> int:
     from lm_scale.commands import Generate
 
-    options = arguments(Generate, argv)
+    options = arguments_of_all(Generate, argv)
     import jax
 
     from lm_scale.generate import Sampling, complete
@@ -268,7 +307,7 @@ def generate_(argv: list[str]) -> int:
 def export(argv: list[str]) -> int:
     from lm_scale.commands import Export
 
-    options = arguments(Export, argv)
+    options = arguments_of_all(Export, argv)
     from lm_scale import hf
     from lm_scale.runs import open_run
 
@@ -281,6 +320,7 @@ def export(argv: list[str]) -> int:
     return 0
 
 
+ALONE = ("tokenizer", "config")  # always a single process
 COMMANDS = {
     "train": train,
     "tokenizer": tokenizer,

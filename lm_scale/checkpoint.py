@@ -50,8 +50,10 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception) -> None:
-        self.manager.close()  # waits
+    def __exit__(self, kind, *exception) -> None:
+        # After a failure of one process it would wait for others that may be dead.
+        if kind is None or jax.process_count() == 1:
+            self.manager.close()  # waits
 
     def latest(self) -> int | None:
         """The newest step, or None."""

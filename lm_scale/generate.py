@@ -68,14 +68,16 @@ def generate(
             f"exceed the model's {model.config.positions} positions. Shorten either."
         )
     graphdef = nnx.split(unbatched(model))[0]
-    key = jax.random.key(sampling.seed)
-    tokens = _generate(params, jnp.asarray(prompt), key, graphdef, sampling, eos_id)
+    # As numpy, which every process has whole; an array of jax's would be its own.
+    key = np.asarray(jax.random.key_data(jax.random.key(sampling.seed)))
+    tokens = _generate(params, prompt, key, graphdef, sampling, eos_id)
     return np.concatenate([prompt, np.asarray(tokens)], axis=1)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "sampling", "eos_id"))
 def _generate(params, prompt, key, graphdef, sampling: Sampling, eos_id):
     model = nnx.merge(graphdef, params)
+    key = jax.random.wrap_key_data(key)
     batch, length = prompt.shape
     cache = model.empty_cache(batch, length + sampling.max_new_tokens)
     logits, cache = model.decode(prompt, cache)
@@ -133,7 +135,7 @@ def fill_masks(
         model = nnx.merge(graphdef, params)
         return jnp.argmax(model.head(model(tokens)), -1)
 
-    guesses = np.asarray(guess(params, jnp.asarray(tokens)))
+    guesses = np.asarray(guess(params, tokens))
     return np.where(tokens == mask_id, guesses, tokens).astype(np.int32)
 
 

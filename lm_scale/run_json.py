@@ -34,6 +34,9 @@ TRAINING = (
     "compute",
 )  # fmt: skip
 
+# What may differ from one process of a run to another.
+OWN = ("data.cache_dir", "data.workers")
+
 
 def to_dict(config: Any) -> Any:
     """A config as JSON values; each dataclass carries its name as `type`."""
@@ -156,12 +159,17 @@ def check_same_run(folder: Path, config: RunConfig, free: tuple[str, ...]) -> No
 
 
 def _fixed(config: RunConfig, free: tuple[str, ...]) -> dict[str, Any]:
-    """The fields, by dotted name, that may not change when a run goes on."""
+    """The fields, by dotted name, that are not in `free`, nor parts of one there."""
     return {
         name: value
         for name, value in flatten(to_dict(config)).items()
         if not any(name == x or name.startswith(f"{x}.") for x in free)
     }
+
+
+def settings(config: RunConfig) -> dict[str, Any]:
+    """The fields, by dotted name, in which all processes of a run must agree."""
+    return _fixed(config, OWN)
 
 
 def write_config(config: RunConfig) -> None:

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
+from lm_scale import distributed
 from lm_scale.checkpoint import Checkpoints, has_checkpoints
 from lm_scale.config import RunConfig
 from lm_scale.console import say
@@ -27,10 +29,11 @@ from lm_scale.data.tokenizer import (
     vocabulary_size,
 )
 from lm_scale.errors import InputError, differences, flatten
+from lm_scale.evaluate import evaluate
 from lm_scale.generate import check_prompt
 from lm_scale.models import Model, build_model
 from lm_scale.objectives import Vocabulary
-from lm_scale.run_json import read_run, to_dict
+from lm_scale.run_json import read_run, settings, to_dict
 from lm_scale.sharding import (
     FULLY_SHARDED,
     Params,
@@ -39,6 +42,7 @@ from lm_scale.sharding import (
     make_mesh,
     shards,
 )
+from lm_scale.step import make_eval_step
 
 PAD_MULTIPLE = 16  # tokens; widths of padded batches, that few programs are compiled
 RECIPE = ("corpus", "tokenizer")  # the fields of DataConfig that make a tokenizer
@@ -99,8 +103,22 @@ def prepare_data(
 ):
     """Makes what is missing of tokenizer and token stores; returns the tokenizer.
 
+    Process 0 makes it; the others wait for it, and then must find it too.
     Raises InputError if the tokenizer does not fit the model or the objective.
     """
+    if distributed.index() == 0:
+        tokenizer = make_data(config, console, parts)
+        distributed.from_first("made")
+        return tokenizer
+    distributed.from_first(None)
+    store = Path(config.store_dir)
+    for part in parts:
+        distributed.see(store / part / "manifest.json")
+    return load_tokenizer(distributed.see(store / "tokenizer" / "recipe.json").parent)
+
+
+def make_data(config: RunConfig, console: Console, parts: Sequence[Part]):
+    """`prepare_data`, by the process that does it."""
     tokenizer = prepare_tokenizer(config, console)
     size = vocabulary_size(tokenizer)
     if size > config.model.vocab:
@@ -206,6 +224,7 @@ class OpenRun:
 def open_run(run_dir: str) -> OpenRun:
     """Loads a run onto the devices there are, in its own mesh if that fits them."""
     config = read_run(run_dir)
+    distributed.check_devices(settings(config))
     # What a run was told to use may not run here.
     compute = dataclasses.replace(config.compute, attention="auto")
     config = dataclasses.replace(config, compute=compute)
@@ -219,8 +238,19 @@ def open_run(run_dir: str) -> OpenRun:
     check_divides(model, config.compute.rules, mesh)
     if not has_checkpoints(run_dir):
         raise InputError(f"{run_dir} has no checkpoints yet. Train it first.")
+    distributed.open_connections(mesh)
     tokenizer = load_tokenizer(Path(config.store_dir) / "tokenizer")
     with Checkpoints(run_dir) as saved:
         target = abstract_params(model, config.compute.rules, mesh)
         params = saved.restore_params(target)
     return OpenRun(config, mesh, model, params, tokenizer)
+
+
+def held_out_loss(run: OpenRun) -> dict[str, float]:
+    """What `evaluate` says of the run's parameters on its held-out text."""
+    held_out = open_eval(run.config, run.tokenizer, run.mesh)
+    with jax.set_mesh(run.mesh):
+        return evaluate(
+            make_eval_step(run.model), run.params, held_out, run.mesh,
+            run.config.compute.rules,
+        )  # fmt: skip

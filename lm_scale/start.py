@@ -13,10 +13,11 @@ from lm_scale.checkpoint import Checkpoints
 from lm_scale.config import RunConfig
 from lm_scale.console import say
 from lm_scale.data.loader import TrainBatches
+from lm_scale.distributed import check_devices, open_connections
 from lm_scale.errors import InputError, differences
 from lm_scale.metrics import check_reporters
 from lm_scale.models import Model, build_model
-from lm_scale.run_json import resume_point
+from lm_scale.run_json import resume_point, settings
 from lm_scale.sharding import Params, check_divides, make_mesh
 from lm_scale.step import TrainState, abstract_state, init_state, start_state
 from lm_scale.weight_files import check_weights
@@ -25,14 +26,11 @@ from lm_scale.weight_files import check_weights
 def set_up(config: RunConfig) -> tuple[Mesh, Model]:
     """The mesh and the declared model; no weights yet.
 
-    Raises InputError for all that can be found wrong without a look at the text.
+    Raises InputError for all that can be found wrong without a look at the text, and
+    if not all processes have this config and the same devices.
     """
     config.check()
-    if jax.process_count() > 1:
-        raise InputError(
-            f"{jax.process_count()} processes: several are not supported yet. Start "
-            f"one process that sees all of its machine's devices."
-        )
+    check_devices(settings(config))
     check_reporters(config.report_to)
     mesh = make_mesh(config.mesh)
     config.check_mesh(mesh)
@@ -42,6 +40,7 @@ def set_up(config: RunConfig) -> tuple[Mesh, Model]:
     check_divides(model, config.compute.rules, mesh)
     if config.init_from is not None:
         check_init_from(config)
+    open_connections(mesh)
     return mesh, model
 
 

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 from rich.console import Console
 
-from lm_scale import hf
+from lm_scale import distributed, hf
 from lm_scale.checkpoint import Checkpoints, has_checkpoints
 from lm_scale.config import RunConfig
 from lm_scale.data.corpus import Part
-from lm_scale.data.loader import device_batches
+from lm_scale.data.loader import TrainBatches, device_batches
 from lm_scale.errors import InputError
 from lm_scale.evaluate import evaluate, unigram_loss
 from lm_scale.generate import Sampling, complete
@@ -26,7 +27,13 @@ from lm_scale.models import Model
 from lm_scale.optim import make_optimizer, make_schedule
 from lm_scale.report import describe, report
 from lm_scale.run_json import FREE, TRAINING, check_run_dir, to_dict, write_config
-from lm_scale.runs import open_eval, open_train, prepare_data
+from lm_scale.runs import (
+    OpenRun,
+    held_out_loss,
+    open_eval,
+    open_train,
+    prepare_data,
+)
 from lm_scale.sharding import Params, abstract_params
 from lm_scale.start import fingerprint, first_state, read_weights, set_up
 from lm_scale.step import (
@@ -49,7 +56,11 @@ class Outcome:
 
 
 def train(
-    config: RunConfig, console: Console | None = None, *, hub_token: str | None = None
+    config: RunConfig,
+    console: Console | None = None,
+    *,
+    hub_token: str | None = None,
+    ready: tuple[Mesh, Model] | None = None,
 ) -> Outcome:
     """Trains as `config` says; goes on where a former call in its run_dir stopped.
 
@@ -57,13 +68,16 @@ def train(
     `metrics.jsonl`, TensorBoard's files and, at the end, `eval_results.json` and the
     model as Hugging Face knows it: `config.json`, weights and tokenizer.
     Raises InputError, before any long work, for whatever the config has wrong.
-    `hub_token` may write to `config.hub` (None: the one that is logged in).
+    `hub_token` may write to `config.hub` (None: the one that is logged in). `ready` is
+    what `set_up(config)` gave, where it was called before.
     """
     console = console or Console()
     # 1. Check what can be checked without text.
-    mesh, model = set_up(config)
+    mesh, model = ready or set_up(config)
     rules = config.compute.rules
-    check_run_dir(config)
+    distributed.on_first(lambda: check_run_dir(config))
+    for folder in (config.run_dir, config.store_dir):
+        distributed.check_shared(Path(folder))
 
     # 2. Text -> tokenizer -> token stores -> batches.
     parts: list[Part] = ["train", "validation"] if config.evaluates else ["train"]
@@ -71,7 +85,9 @@ def train(
     batches = open_train(config, tokenizer, mesh)
     held_out = open_eval(config, tokenizer, mesh) if config.evaluates else None
     steps = config.total_steps(batches.examples)
-    write_config(config)  # from here on the directory holds this run
+    distributed.agree(fingerprint(batches))
+    if distributed.index() == 0:
+        write_config(config)  # from here on the directory holds this run
 
     # 3. Model and optimizer: the state is restored if there is one, else made.
     schedule = make_schedule(config.schedule, steps)
@@ -92,34 +108,19 @@ def train(
         state = first_state(config, model, optimizer, mesh, saved, console)
 
         # 4. The loop.
-        tokens_per_step = round(config.batch * batches.source.mean_length)
-        flops_per_token = config.model.train_flops_per_token(config.seq_len)
-        metrics = MetricsLogger(
-            Path(config.run_dir),
-            start_step=int(state.step),
-            total_steps=steps,
-            tokens_per_step=tokens_per_step,
-            flops_per_step=tokens_per_step * flops_per_token,
-            devices=list(mesh.devices.flat),
-            report_to=config.report_to,
-            config=to_dict(config),
-            enabled=jax.process_index() == 0,
-        )
-        uploads = None
-        if config.hub is not None:
-            folder = Path(config.run_dir)
-            uploads = HubUploads(
-                folder, config.hub, token=hub_token, console_print=metrics.print
-            )
-            uploads.create()
+        metrics = metrics_of(config, mesh, batches, int(state.step), steps)
+        uploads = start_uploads(config, hub_token, metrics)
 
         def save_now(state: TrainState) -> None:
             saved.save(state)
-            if uploads is not None and not uploads.busy:
+            idle = uploads is not None and not uploads.busy
+            if distributed.from_first(idle):
                 hf.export(config.model, state.params, tokenizer, config.run_dir)
+            if uploads is not None and idle:
                 uploads.start(f"Step {int(state.step)}")
 
-        with metrics, stop_on_signals() as stop:
+        with metrics, stop_on_signals() as told:
+            stop = distributed.StopVote(told, mesh)
 
             def evaluate_now(state: TrainState) -> dict[str, float]:
                 assert held_out is not None  # config.evaluates
@@ -139,60 +140,60 @@ def train(
                 results = evaluate_now(state)
             saved.wait()
             if step < steps or (config.eval_at_end and not results):
-                again = "the same command" if stop.is_set() else "without `stop_at`"
+                again = "the same command" if stop.stopped else "without `stop_at`"
                 metrics.print(
                     f"Stopped after step {step} of {steps}, saved. "
                     f"Run {again} to go on."
                 )
                 if uploads is not None:
                     uploads.give_up()
-                return Outcome(step, False, stop.is_set(), {})
+                return Outcome(step, False, stop.stopped, {})
             if results and not metrics.has_eval(step):
                 metrics.log_eval(step, results)
 
         # 5. What was learnt, and where it is.
-        hf.export(config.model, state.params, tokenizer, config.run_dir)
-        if results and held_out is not None:
-            train_store = batches.source.store
+        if results and held_out is not None and distributed.index() == 0:
             results["unigram_loss"] = unigram_loss(
-                train_store, held_out, config.model.vocab
+                batches.source.store, held_out, config.model.vocab
             )
-        sample = sample_text(config, model, state.params, tokenizer)
-        report(config, results, sample, console)
+        conclude(config, model, state.params, tokenizer, results, console)
         if uploads is not None:
             uploads.finish(f"Step {step}, the end")
     return Outcome(step, True, False, results)
 
 
 def evaluate_only(
-    config: RunConfig, console: Console | None = None
+    config: RunConfig,
+    console: Console | None = None,
+    *,
+    ready: tuple[Mesh, Model] | None = None,
 ) -> dict[str, float]:
     """The held-out loss of the weights of `init_from`; trains nothing.
 
     If that is None, of the newest checkpoint in run_dir; InputError if there is none,
     or if the run there has another model or other text. Writes `eval_results.json`.
+    `ready` as in `train`.
     """
     console = console or Console()
-    mesh, model = set_up(config)
-    rules = config.compute.rules
+    mesh, model = ready or set_up(config)
     own = config.init_from is None
-    check_run_dir(config, free=FREE + TRAINING)
+    distributed.on_first(lambda: check_run_dir(config, free=FREE + TRAINING))
     if own and not has_checkpoints(config.run_dir):
         raise InputError(
             f"There are no weights to evaluate: {config.run_dir} has no checkpoints, "
             f"and no pretrained model is named. Train, or name one."
         )
     tokenizer = prepare_data(config, console, ["validation"])
-    held_out = open_eval(config, tokenizer, mesh)
     with jax.set_mesh(mesh):
         if own:
-            target = abstract_params(model, rules, mesh)
+            target = abstract_params(model, config.compute.rules, mesh)
             with Checkpoints(config.run_dir) as saved:
                 params = saved.restore_params(target)
         else:
             params = read_weights(config, model, mesh)
-        results = evaluate(make_eval_step(model), params, held_out, mesh, rules)
-    report(config, results, None, console)
+    results = held_out_loss(OpenRun(config, mesh, model, params, tokenizer))
+    if distributed.index() == 0:
+        report(config, results, None, console)
     return results
 
 
@@ -205,9 +206,9 @@ def run_steps(
     evaluate_now: Callable[[TrainState], dict[str, float]],
     save_now: Callable[[TrainState], None],
     metrics: MetricsLogger,
-    stop: threading.Event,
+    stop: Callable[[], bool],
 ) -> TrainState:
-    """Steps until `source` ends or `stop` is set; evaluates and saves on the way."""
+    """Steps until `source` ends or `stop` says so; evaluates and saves on the way."""
     step = int(state.step)
     pending: tuple[int, dict[str, jax.Array]] | None = None
 
@@ -237,7 +238,7 @@ def run_steps(
                     metrics.log_eval(step, results)
                 if save_due:  # after it: a run that goes on from here has both
                     save_now(state)
-        if stop.is_set():
+        if stop():
             break
     log(pending)
     return state
@@ -252,10 +253,11 @@ def stop_on_signals() -> Iterator[threading.Event]:
         stop.set()
         for signal_number, handler in former.items():
             signal.signal(signal_number, handler)
-        # Not print(): the signal may have come in the middle of one.
-        os.write(
-            2, b"\nStopping when this step is done; a second signal ends at once.\n"
-        )
+        if distributed.index() == 0:
+            # Not print(): the signal may have come in the middle of one.
+            os.write(
+                2, b"\nStopping when this step is done; a second signal ends at once.\n"
+            )
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -265,6 +267,52 @@ def stop_on_signals() -> Iterator[threading.Event]:
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+def metrics_of(
+    config: RunConfig, mesh: Mesh, batches: TrainBatches, start: int, steps: int
+) -> MetricsLogger:
+    """The logger of a run that goes from step `start` to step `steps`."""
+    tokens_per_step = round(config.batch * batches.source.mean_length)
+    flops_per_token = config.model.train_flops_per_token(config.seq_len)
+    return MetricsLogger(
+        Path(config.run_dir),
+        start_step=start,
+        total_steps=steps,
+        tokens_per_step=tokens_per_step,
+        flops_per_step=tokens_per_step * flops_per_token,
+        devices=list(mesh.devices.flat),
+        report_to=config.report_to,
+        config=to_dict(config),
+        enabled=distributed.index() == 0,
+    )
+
+
+def start_uploads(
+    config: RunConfig, token: str | None, metrics: MetricsLogger
+) -> HubUploads | None:
+    """Process 0's uploads to the hub, if asked for, with the repository being made."""
+    if config.hub is None or distributed.index() > 0:
+        return None
+    folder = Path(config.run_dir)
+    uploads = HubUploads(folder, config.hub, token=token, console_print=metrics.print)
+    uploads.create()
+    return uploads
+
+
+def conclude(
+    config: RunConfig,
+    model: Model,
+    params: Params,
+    tokenizer,
+    results: dict[str, float],
+    console: Console,
+) -> None:
+    """Exports the model, and tells what it has learnt and where everything is."""
+    hf.export(config.model, params, tokenizer, config.run_dir)
+    sample = sample_text(config, model, params, tokenizer)
+    if distributed.index() == 0:
+        report(config, results, sample, console)
 
 
 def sample_text(

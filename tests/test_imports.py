@@ -16,7 +16,7 @@ PACKAGE = Path(lm_scale.__file__).parent
 # stand for what is not named itself. `lm_scale` is the package: version, no code.
 ORDER = (
     ("lm_scale", "console", "errors", "peaks"),
-    ("wandb_run",),
+    ("wandb_run", "cluster"),
     ("sharding", "objectives", "optim", "metrics", "distributed", "data"),
     ("weight_files",),
     ("data.python_docs", "data.folders", "data.reading"),

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from lm_scale.checkpoint import has_checkpoints
 from lm_scale.config import RunConfig
+from lm_scale.distributed import on_first
 from lm_scale.errors import InputError
 from lm_scale.run_json import check_run_dir
 from lm_scale.scripts.checks import only_evaluates
@@ -45,16 +46,20 @@ def run(flags: Flags, console: Console) -> int:
 
     logging.set_verbosity_error()  # its warnings are of its own models
     config, training = run_config(flags, console), flags.training
-    set_up(config)  # all that can be found wrong before anything is moved
+    mesh_and_model = set_up(config)  # what is wrong is found before anything is moved
     if only_evaluates(training):
         check_results(config)
-        renew(config, flags)
-        evaluate_only(config, console)
+        on_first(lambda: renew(config, flags))
+        evaluate_only(config, console, ready=mesh_and_model)
         return 0
-    ready(config, training, console)
-    check_run_dir(config)
-    renew(config, flags)
-    outcome = train(config, console, hub_token=training.hub_token)
+
+    def make_room() -> None:
+        ready(config, training, console)
+        check_run_dir(config)
+        renew(config, flags)
+
+    on_first(make_room)
+    outcome = train(config, console, hub_token=training.hub_token, ready=mesh_and_model)
     return 75 if outcome.interrupted else 0
 
 
