@@ -37,6 +37,7 @@ usage: lm-scale COMMAND ...
   train CONFIG [--field value ...]      train, or go on with, the run of a config file
   tokenizer --out FOLDER --corpus.source TEXT ...   train a tokenizer
   tokenizer CONFIG [--field value ...]  make the run's tokenizer
+  rules [NAME|FILE ...]                 the rules that cut weights and activations
   config NAME --out FOLDER [key=value ...]          write a model's config.json
   prepare CONFIG [--field value ...]    make the run's tokenizer and token stores
   eval RUN_DIR                          loss on the held-out split
@@ -320,8 +321,29 @@ def export(argv: list[str]) -> int:
     return 0
 
 
-ALONE = ("tokenizer", "config")  # always a single process
+def rules(argv: list[str]) -> int:
+    if argv and argv[0] in ("-h", "--help"):
+        print(
+            "usage: lm-scale rules [NAME|FILE ...]\n\nPrints, for each logical axis, "
+            "the mesh axes over which the rules cut it.\nNo name: all presets. FILE: a "
+            "Python file that sets `rules = Rules(...)`.\nChoose them for a run with "
+            "--rules NAME, or --rules FILE, after its CONFIG."
+        )
+        return 0
+    from rich.console import Console
+
+    from lm_scale.config import load_rules
+    from lm_scale.report import rules_table
+    from lm_scale.sharding import PRESETS
+
+    chosen = {name: load_rules(name) for name in argv} or PRESETS
+    Console().print(rules_table(chosen))
+    return 0
+
+
+ALONE = ("tokenizer", "config", "rules")  # always a single process
 COMMANDS = {
+    "rules": rules,
     "train": train,
     "tokenizer": tokenizer,
     "config": config_,

@@ -25,7 +25,7 @@ from lm_scale.models import Compute, GPT2Config, ModelConfig, family_of
 from lm_scale.models.kernels import Kernel, choose_attention
 from lm_scale.objectives import CausalLM, MaskedLM, Objective
 from lm_scale.optim import AdamW, Optimizer, Schedule
-from lm_scale.sharding import MeshShape, shards
+from lm_scale.sharding import PRESETS, MeshShape, Rules, shards
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,19 @@ class RunConfig:
             )
 
     def check_mesh(self, mesh: Mesh) -> None:
-        """InputError if this mesh cannot cut the batch or the sequences evenly."""
+        """InputError if this mesh cannot cut the batch or the sequences evenly.
+
+        Or if it has devices that the rules give no work of their own.
+        """
         rules = self.compute.rules
+        busy = rules.batch + rules.seq + rules.act_heads + rules.act_mlp
+        for axis, size in mesh.shape.items():
+            if size > 1 and axis not in busy:
+                raise InputError(
+                    f"mesh: {axis} = {size}, but the rules cut no activations of this "
+                    f"model over `{axis}`: its devices would all do the same work. "
+                    f"Make it 1, or choose other rules (lm-scale rules lists them)."
+                )
         rows = shards(rules, mesh, "batch") * self.accumulate
         if self.batch % rows:
             raise InputError(
@@ -194,9 +205,54 @@ def load_config(path: str, overrides: list[str], *, prog: str) -> RunConfig:
             f"There is no config file {path!r}. A config is a Python file that sets "
             f"`config = RunConfig(...)`; see the folder `configs`."
         )
-    sys.path.insert(0, str(Path(path).resolve().parent))  # a config may import another
+    config = _run_file(path).get("config")
+    if not isinstance(config, RunConfig):
+        raise InputError(f"{path} sets no variable `config` that is a RunConfig.")
+    check_types(config)
+    config, overrides = _with_rules(config, overrides)
+    kind = tyro.conf.AvoidSubcommands[RunConfig]  # keeps the file's choice of model
+    return tyro.cli(kind, default=config, args=overrides, prog=f"{prog} {path}")
+
+
+def load_rules(name: str) -> Rules:
+    """A preset by its name, or what a Python file sets as `rules = Rules(...)`.
+
+    Raises InputError if it is neither.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    if not Path(name).is_file():
+        raise InputError(
+            f"rules {name!r}: expected one of {', '.join(PRESETS)}, or a Python file "
+            f"that sets `rules = Rules(...)`."
+        )
+    rules = _run_file(name).get("rules")
+    if not isinstance(rules, Rules):
+        raise InputError(f"{name} sets no variable `rules` that is a Rules.")
+    check_types(rules, "rules.")
+    return rules
+
+
+def _with_rules(config: RunConfig, overrides: list[str]) -> tuple[RunConfig, list[str]]:
+    """Takes `--rules NAME` out of the overrides; single rules may follow it."""
+    left = []
+    rest = iter(overrides)
+    for word in rest:
+        flag, equals, name = word.partition("=")
+        if flag != "--rules":
+            left.append(word)
+            continue
+        rules = load_rules(name if equals else next(rest, ""))
+        compute = dataclasses.replace(config.compute, rules=rules)
+        config = dataclasses.replace(config, compute=compute)
+    return config, left
+
+
+def _run_file(path: str) -> dict[str, Any]:
+    """The variables that a Python file sets; InputError if it fails."""
+    sys.path.insert(0, str(Path(path).resolve().parent))  # it may import another
     try:
-        config = runpy.run_path(path).get("config")
+        return runpy.run_path(path)
     except InputError:
         raise
     except (Exception, SystemExit) as error:
@@ -206,11 +262,6 @@ def load_config(path: str, overrides: list[str], *, prog: str) -> RunConfig:
         ) from error
     finally:
         sys.path.pop(0)
-    if not isinstance(config, RunConfig):
-        raise InputError(f"{path} sets no variable `config` that is a RunConfig.")
-    check_types(config)
-    kind = tyro.conf.AvoidSubcommands[RunConfig]  # keeps the file's choice of model
-    return tyro.cli(kind, default=config, args=overrides, prog=f"{prog} {path}")
 
 
 def check_types(config: Any, prefix: str = "") -> None:

@@ -65,9 +65,10 @@ def split_sequence(x: Array, chunks: int) -> Array:
     Strided, so that a sequence sharded over devices stays so within each chunk.
     """
     (batch, length, *rest), spec = x.shape, jax.typeof(x).sharding.spec
+    axes = spec.partitions
     parted = jnp.reshape(
         x,
         (batch, length // chunks, chunks, *rest),
-        out_sharding=PartitionSpec(*spec[:2], None, *spec[2:]),
+        out_sharding=PartitionSpec(*axes[:2], None, *axes[2:], reduced=spec.reduced),
     )
     return jnp.moveaxis(parted, 2, 0)

@@ -3,6 +3,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -14,7 +15,17 @@ from lm_scale.config import RunConfig
 from lm_scale.console import say
 from lm_scale.data.loader import TrainBatches
 from lm_scale.models import Model
-from lm_scale.sharding import sharding_table
+from lm_scale.sharding import LOGICAL_AXES, Rules, sharding_table
+
+
+def rules_table(rules: Mapping[str, Rules]) -> Table:
+    """One row a logical axis, one column for each of the rules: their mesh axes."""
+    names = [Column(name, no_wrap=True) for name in ("logical axis", *rules)]
+    table = Table(*names, box=None, padding=(0, 1, 0, 0))
+    for axis in LOGICAL_AXES:
+        cells = [" ".join(getattr(table, axis)) or "-" for table in rules.values()]
+        table.add_row(axis, *cells)
+    return table
 
 
 def describe(

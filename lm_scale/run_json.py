@@ -20,12 +20,11 @@ from lm_scale.errors import InputError, differences, flatten
 # What may change when a run goes on: nothing that alters the result beyond rounding.
 # (The tokens in `data.store` are compared by the checkpoint.)
 FREE = (
-    "run_dir", "mesh", "simulated_devices", "compute.remat", "compute.loss_chunk",
-    "compute.rules", "compute.attention", "log_every", "log_first", "report_to",
-    "eval_every", "eval_batch",
-    "eval_at_end", "save_every", "keep", "hub", "stop_at", "sample_prompt",
-    "resume_from", "data.store", "data.cache_dir", "data.workers",
-    "data.corpus.streaming",
+    "run_dir", "mesh", "simulated_devices", "compute.remat", "compute.offload",
+    "compute.unroll", "compute.loss_chunk", "compute.rules", "compute.attention",
+    "log_every", "log_first", "report_to", "eval_every", "eval_batch", "eval_at_end",
+    "save_every", "keep", "hub", "stop_at", "sample_prompt", "resume_from",
+    "data.store", "data.cache_dir", "data.workers", "data.corpus.streaming",
 )  # fmt: skip
 
 # What an evaluation does not depend on, besides.

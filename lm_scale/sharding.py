@@ -20,7 +20,8 @@ The only file that spells a mesh axis. Everything else speaks *logical* axes:
 Array types (`Float[Array, "B T D"]`), einsum letters and `Rules` use these words and no
 others. A weight and an activation name the model dimension differently on purpose: FSDP
 shards `embed` of the stored weights and gathers it for the computation, so `act_embed`
-stays whole.
+stays whole. Two more axes are other layouts of the same dimension: `state_embed` is
+`embed` in the optimizer's state, and `residual_seq` is `seq` between the sublayers.
 """
 
 import dataclasses
@@ -72,8 +73,14 @@ class Rules:
     head_dim: tuple[str, ...] = ()
     mlp: tuple[str, ...] = ("tensor",)
     experts: tuple[str, ...] = ("expert",)
+    # `embed` of the optimizer's state; over more axes than `embed`, this is ZeRO-1
+    # (Rajbhandari et al. 2020, section 5.1): each device updates a part of its weights.
+    state_embed: tuple[str, ...] = ("fsdp",)
     batch: tuple[str, ...] = ("data", "fsdp")
     seq: tuple[str, ...] = ("context",)
+    # `seq` of the residual stream and its norms; over `tensor` as well, this is the
+    # sequence parallelism of Korthikanti et al. 2022 (section 4.2.2).
+    residual_seq: tuple[str, ...] = ("context",)
     act_embed: tuple[str, ...] = ()
     act_heads: tuple[str, ...] = ("tensor",)
     act_kv_heads: tuple[str, ...] = ("tensor",)
@@ -82,7 +89,13 @@ class Rules:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            for axis in getattr(self, field.name):
+            axes = getattr(self, field.name)
+            if not isinstance(axes, tuple):
+                raise InputError(
+                    f"Rule `{field.name}` = {axes!r}: expected a tuple of mesh axes, "
+                    f"such as ('fsdp',) or ()."
+                )
+            for axis in axes:
                 if axis not in MESH_AXES:
                     raise InputError(
                         f"Rule `{field.name}` names the mesh axis {axis!r}, which does "
@@ -117,6 +130,26 @@ class Rules:
 
 
 LOGICAL_AXES = tuple(field.name for field in dataclasses.fields(Rules))
+
+_WHOLE = Rules(
+    vocab=(), embed=(), heads=(), kv_heads=(), mlp=(), state_embed=(),
+    seq=(), residual_seq=(), act_heads=(), act_kv_heads=(), act_mlp=(), act_vocab=(),
+)  # fmt: skip
+_TENSOR = Rules(seq=(), residual_seq=())
+PRESETS = {
+    # Each device has all weights; it sees rows of the batch of its own.
+    "dp": _WHOLE,
+    # The same, but each keeps and updates a part of the optimizer's state only.
+    "zero1": dataclasses.replace(_WHOLE, state_embed=("data", "fsdp")),
+    # Each keeps a part of weights and state; a layer is gathered when it is computed.
+    "fsdp": dataclasses.replace(_WHOLE, embed=("fsdp",), state_embed=("fsdp",)),
+    # Heads, mlp and vocabulary are cut besides.
+    "fsdp_tp": _TENSOR,
+    # Between the sublayers, those devices share out the sequence.
+    "fsdp_tp_sp": dataclasses.replace(_TENSOR, residual_seq=("tensor",)),
+    # Sequences are cut, for long ones; with all of `fsdp_tp`. The default.
+    "context": Rules(),
+}
 
 
 def parse_mesh_shape(text: str) -> MeshShape:
@@ -261,12 +294,22 @@ def unflatten(flat: Mapping[str, Any]) -> Params:
     return nnx.traversals.unflatten_mapping(flat, sep=".")
 
 
+def state_axes(axes: Axes) -> Axes:
+    """The logical axes of a weight in the optimizer's state, where it is updated."""
+    return tuple("state_embed" if axis == "embed" else axis for axis in axes)
+
+
 def check_divides(model: nnx.Module, rules: Rules, mesh: Mesh) -> None:
     """InputError naming each weight's dimension that its mesh axes do not divide."""
     for path, weight in declarations(model).items():
         shape, axes = weight.get_value().shape, weight.get_metadata("axes")
         rules.spec(*axes)  # unknown or colliding axes
-        for size, axis in zip(shape, axes, strict=True):
+        rules.spec(*state_axes(axes))
+        both = [
+            *zip(shape, axes, strict=True),
+            *zip(shape, state_axes(axes), strict=True),
+        ]
+        for size, axis in both:
             parts = shards(rules, mesh, axis) if axis else 1
             if size % parts:
                 raise InputError(

@@ -86,7 +86,7 @@ def first_state(
         return state
     if config.init_from is not None:
         params = read_weights(config, model, mesh)
-        return jax.jit(lambda p: start_state(p, optimizer))(params)
+        return jax.jit(lambda p: start_state(model, optimizer, p))(params)
     return jax.jit(lambda: init_state(model, optimizer, config.seed))()
 
 

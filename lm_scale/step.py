@@ -18,8 +18,10 @@ from jaxtyping import Array, Float, Int, Key
 
 from lm_scale.losses import IGNORE, Sums, cross_entropy
 from lm_scale.models import Model, family_of
+from lm_scale.models.compute import Compute
+from lm_scale.models.layout import gather, shared
 from lm_scale.optim import MatrixAxes
-from lm_scale.sharding import Params, init_params, map_declarations
+from lm_scale.sharding import Params, init_params, map_declarations, state_axes
 
 Batch = dict[str, Int[Array, "B T"]]  # "tokens", "labels" and perhaps "segments"
 Metrics = dict[str, Float[Array, ""]]
@@ -43,12 +45,40 @@ def init_state(
 ) -> TrainState:
     """Fresh parameters and optimizer state; trace it under `jax.set_mesh`."""
     params = init_params(model, model.compute.rules, jax.random.key(seed))
-    return start_state(params, optimizer)
+    return start_state(model, optimizer, params)
 
 
-def start_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+def start_state(
+    model: Model, optimizer: optax.GradientTransformation, params: Params
+) -> TrainState:
     """The state before the first update of these parameters."""
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    cut = jax.tree.map(jax.reshard, params, optimizer_specs(model))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(cut))
+
+
+def optimizer_specs(model: Model) -> Params:
+    """How each weight is cut where it is updated: `embed` as `state_embed` says."""
+
+    def spec(_, weight: nnx.Param) -> PartitionSpec:
+        return model.compute.rules.spec(*state_axes(weight.get_metadata("axes")))
+
+    return map_declarations(model, spec)
+
+
+def gather_head(params: Params, compute: Compute) -> Params:
+    """The weights outside the blocks gathered, in f32: once for all parts of the loss.
+
+    In f32, as the parts' gradients are added up in this type.
+    """
+    rest = {name: x for name, x in params.items() if name != "blocks"}
+    return params | jax.tree.map(lambda x: gather(x, compute, "float32"), rest)
+
+
+def zero_gradient(weight: Array) -> Array:
+    """Zeros of the type of a `shared` weight's gradient: partial sums."""
+    spec = jax.typeof(weight).sharding.spec
+    partial_sum = PartitionSpec(*spec.partitions, unreduced=spec.reduced)
+    return jnp.zeros(weight.shape, weight.dtype, out_sharding=partial_sum)
 
 
 def abstract_state(
@@ -108,21 +138,25 @@ def make_train_step(
     Metrics: loss (nats), grad_norm (before clipping), learning_rate, labels (their
     number). Raises ValueError at trace time if the batch cannot be cut.
     """
-    graphdef = nnx.split(model)[0]
-    chunk = model.compute.loss_chunk
+    graphdef, compute = nnx.split(model)[0], model.compute
+    state_specs = optimizer_specs(model)
 
     def loss_sum(params: Params, batch: Batch, key: Key[Array, ""]):
         model = nnx.merge(graphdef, params)
         hidden = model(batch["tokens"], segments=batch.get("segments"), key=key)
-        return cross_entropy(model.head, hidden, batch["labels"], chunk=chunk)["loss"]
+        head = nnx.merge(graphdef, gather_head(params, compute)).head
+        chunk = compute.loss_chunk
+        return cross_entropy(head, hidden, batch["labels"], chunk=chunk)["loss"]
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         labels = jnp.sum(batch["labels"] != IGNORE).astype(jnp.float32)
+        # Gradients of these stay partial sums on each device until `reduce`.
+        params = jax.tree.map(lambda x: shared(x, compute.rules), state.params)
 
         def gradients(number, part: Batch):
             part_key = jax.random.fold_in(key, number)
-            return jax.value_and_grad(loss_sum)(state.params, part, part_key)
+            return jax.value_and_grad(loss_sum)(params, part, part_key)
 
         def add_gradients(sums, numbered):
             return jax.tree.map(jnp.add, sums, gradients(*numbered)), None
@@ -131,21 +165,30 @@ def make_train_step(
             loss, grads = gradients(0, batch)
         else:
             parts = jax.tree.map(lambda x: split_batch(x, accumulate), batch)
-            zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+            zero = (jnp.zeros(()), jax.tree.map(zero_gradient, params))
             numbered = (jnp.arange(accumulate), parts)
             (loss, grads), _ = jax.lax.scan(add_gradients, zero, numbered)
+
+        def reduce(gradient: Array, spec: PartitionSpec) -> Array:
+            summed = jax.reshard(gradient.astype(compute.grad_dtype), spec)
+            return summed.astype(jnp.float32)
+
         scale = 1.0 / jnp.maximum(labels, 1.0)
-        grads = jax.tree.map(lambda g: g * scale, grads)
+        with jax.named_scope("reduce"):
+            grads = jax.tree.map(lambda g, s: reduce(g, s) * scale, grads, state_specs)
         with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = cast(Params, optax.apply_updates(state.params, updates))
+            old = jax.tree.map(jax.reshard, state.params, state_specs)
+            updates, opt_state = optimizer.update(grads, state.opt_state, old)
+            new = cast(Params, optax.apply_updates(old, updates))
+            specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, state.params)
+            new = jax.tree.map(jax.reshard, new, specs)
         metrics = {
             "loss": loss * scale,
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "labels": labels,
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, new, opt_state), metrics
 
     return jax.jit(train_step, donate_argnums=0)
 

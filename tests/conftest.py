@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 # Before jax is imported: see lm_scale/__main__.py.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an installed libtpu would be tried
 os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
 CACHE = Path(__file__).parent.parent / ".cache" / "jax"

@@ -14,7 +14,7 @@ import jax
 from lm_scale import hf, hf_shards
 from lm_scale.data.tokenizer import load_tokenizer
 from lm_scale.models import build_model
-from lm_scale.models.layers import Compute
+from lm_scale.models.compute import Compute
 from lm_scale.sharding import MeshShape, make_mesh
 from lm_scale.weight_files import StoredTensor
 

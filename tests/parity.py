@@ -17,8 +17,8 @@ from jax.sharding import Mesh, NamedSharding
 from lm_scale import hf
 from lm_scale.losses import IGNORE, cross_entropy
 from lm_scale.models import Model, ModelConfig, build_model, family_of
+from lm_scale.models.compute import Compute
 from lm_scale.models.gpt2 import GPT2Config
-from lm_scale.models.layers import Compute
 from lm_scale.models.llama import LlamaConfig
 from lm_scale.models.roberta import RobertaConfig
 from lm_scale.models.rotary import FrequencyScaling

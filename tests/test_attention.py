@@ -13,8 +13,8 @@ from parity import one_device
 
 from lm_scale.models import build_model
 from lm_scale.models.attention import Mask, attention
+from lm_scale.models.compute import Compute
 from lm_scale.models.gpt2 import GPT2Config
-from lm_scale.models.layers import Compute
 from lm_scale.models.llama import LlamaConfig
 from lm_scale.models.roberta import RobertaConfig
 from lm_scale.sharding import MeshShape, Rules, make_mesh

@@ -22,7 +22,7 @@ from lm_scale.run_json import (
     to_dict,
     write_config,
 )
-from lm_scale.sharding import MeshShape, Rules, make_mesh
+from lm_scale.sharding import PRESETS, MeshShape, Rules, make_mesh
 
 GPT2 = RunConfig(run_dir="runs/gpt2", steps=10)
 ROBERTA = RunConfig(  # no field that has its default, as far as it can be
@@ -46,7 +46,7 @@ ROBERTA = RunConfig(  # no field that has its default, as far as it can be
     mesh=MeshShape(data=2, fsdp=-1, tensor=2),
     compute=Compute(
         dtype="float32", remat="full", loss_chunk=7,
-        rules=Rules(embed=(), batch=("data",), vocab=("fsdp", "tensor")),
+        rules=Rules(embed=(), batch=("fsdp",), seq=("data",), vocab=("fsdp", "tensor")),
     ),
     simulated_devices=8,
     log_every=3,
@@ -212,6 +212,46 @@ def test_a_wrong_value_exits_with_2(load, capsys, overrides, said):
     assert said in capsys.readouterr().err
 
 
+RULES = "from lm_scale.sharding import Rules\nrules = Rules(embed=('data',))\n"
+
+
+def test_rules_by_name_or_from_a_file(load, tmp_path):
+    for arguments in (["--rules", "zero1"], ["--rules=zero1"]):
+        assert load(FILE, *arguments).compute.rules == PRESETS["zero1"]
+    # A single rule may follow, and whatever else the file says of `compute` stays.
+    text = FILE.replace("steps", "compute=Compute(remat='full'), steps")
+    text = "from lm_scale.models import Compute\n" + text
+    config = load(text, "--rules", "dp", "--compute.rules.vocab", "tensor")
+    rules = dataclasses.replace(PRESETS["dp"], vocab=("tensor",))
+    assert config == changed(load(text), compute__rules=rules)
+    (tmp_path / "rules.py").write_text(RULES)
+    config = load(FILE, "--rules", str(tmp_path / "rules.py"))
+    assert config.compute.rules == Rules(embed=("data",))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "expected one of dp, zero1, .*, or a Python file"),
+        ("rules = {'embed': 'data'}", "no variable `rules` that is a Rules"),
+        (RULES.replace("'data'", "'date'"), "names the mesh axis 'date'"),
+        (
+            RULES.replace("('data',)", "'data'"),
+            "Rule `embed` = 'data': expected a tuple",
+        ),
+        (RULES.replace("embed", "embedding"), "rules.py, line 2, .*embedding"),
+    ],
+)
+def test_rules_that_are_wrong(load, tmp_path, text, said):
+    path = tmp_path / "rules.py"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(InputError, match=said):
+        load(FILE, "--rules", str(path))
+    with pytest.raises(InputError, match="rules '': expected one of"):
+        load(FILE, "--rules")
+
+
 # --- check() --------------------------------------------------------------------------
 
 
@@ -245,6 +285,14 @@ def test_good_configs_pass():
             "seq_len = 20 .* 8 part.*context.* of 8",
         ),
         ({"mesh": MeshShape(data=3)}, "data=3.* 8 device"),
+        (
+            {
+                "mesh": MeshShape(data=4, tensor=2),
+                "compute": Compute(rules=PRESETS["dp"]),
+            },
+            "tensor = 2.*`tensor`.*lm-scale rules",
+        ),
+        ({"mesh": MeshShape(data=4, expert=2)}, "expert = 2.*`expert`"),
         ({"seq_len": 25}, "seq_len = 25 .*model.positions = 24"),
         ({"steps": None}, "give `steps` or `epochs`"),
         ({"epochs": 1.0}, "`steps` = 10 and `epochs` = 1.0: give one"),

@@ -15,8 +15,8 @@ from parity import one_device
 from lm_scale.errors import InputError
 from lm_scale.generate import Sampling, fill_masks, generate, sample, unbatched
 from lm_scale.models import build_model
+from lm_scale.models.compute import Compute
 from lm_scale.models.gpt2 import GPT2Config
-from lm_scale.models.layers import Compute
 from lm_scale.models.llama import LlamaConfig
 from lm_scale.models.roberta import RobertaConfig
 from lm_scale.sharding import MeshShape, make_mesh

@@ -19,8 +19,8 @@ from lm_scale import hf, hf_shards
 from lm_scale.data.tokenizer import TokenizerConfig, train_tokenizer
 from lm_scale.errors import InputError
 from lm_scale.models import build_model
+from lm_scale.models.compute import Compute
 from lm_scale.models.gpt2 import GPT2Config
-from lm_scale.models.layers import Compute
 from lm_scale.sharding import MeshShape, flatten, make_mesh
 
 CONFIG = GPT2Config(vocab=300, positions=10, layers=3, embed=16, heads=2, mlp=20)

@@ -13,8 +13,8 @@ from lm_scale import hf
 from lm_scale.errors import InputError
 from lm_scale.hf_tensors import read_part
 from lm_scale.models import build_model, family_of
+from lm_scale.models.compute import Compute
 from lm_scale.models.gpt2 import GPT2Config
-from lm_scale.models.layers import Compute
 from lm_scale.models.llama import LlamaConfig
 from lm_scale.models.roberta import RobertaConfig
 from lm_scale.sharding import MeshShape, declarations, flatten, make_mesh, unflatten

@@ -11,6 +11,7 @@ import pytest
 from tiny import write_corpus
 
 from lm_scale.__main__ import main
+from lm_scale.sharding import LOGICAL_AXES, PRESETS
 
 CONFIG = """
 from pathlib import Path
@@ -31,6 +32,17 @@ def config_file(tmp_path, monkeypatch):
         return str(path)
 
     return write
+
+
+def test_the_rules_as_a_table(capsys):
+    assert main(["rules"]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split()[2:] == list(PRESETS)
+    cells = {row.split()[0]: row.split()[1:] for row in rows}
+    assert set(cells) == set(LOGICAL_AXES)
+    assert cells["embed"] == ["-", "-", "fsdp", "fsdp", "fsdp", "fsdp"]
+    assert main(["rules", "dp", "nothing"]) == 2
+    assert "rules 'nothing': expected one of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["causal_run", "masked_run"])

@@ -21,7 +21,7 @@ from lm_scale.data.tokenizer import (
 from lm_scale.generate import Sampling, complete, generate
 from lm_scale.losses import IGNORE
 from lm_scale.models import ModelConfig, build_model, family_of
-from lm_scale.models.layers import Compute
+from lm_scale.models.compute import Compute
 from lm_scale.sharding import flatten
 
 torch = pytest.importorskip("torch")

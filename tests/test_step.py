@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -38,12 +37,12 @@ from lm_scale.sharding import (
     unflatten,
 )
 from lm_scale.step import (
-    TrainState,
     abstract_state,
     decay_mask,
     init_state,
     make_train_step,
     matrix_axes,
+    start_state,
 )
 
 VOCAB, SEQ, STEPS = 38, 12, 20
@@ -113,7 +112,7 @@ def program(family, mesh="one", *, accumulate=1, gradients=False, **settings):
     devices = jax.devices()[:1] if mesh == "one" else None
 
     def wrap(params):
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        return start_state(model, optimizer, params)
 
     mesh = make_mesh(MESHES[mesh], devices)
     return Program(model, mesh, step, optimizer, jax.jit(wrap))

@@ -21,8 +21,8 @@ from lm_scale.data.examples import Blocks
 from lm_scale.data.loader import TrainBatches, device_batches
 from lm_scale.data.store import StoreWriter, TokenStore
 from lm_scale.models import ModelConfig, build_model, family_of
+from lm_scale.models.compute import Compute
 from lm_scale.models.gpt2 import GPT2Config
-from lm_scale.models.layers import Compute
 from lm_scale.models.roberta import RobertaConfig
 from lm_scale.objectives import IGNORE, CausalLM, MaskedLM, Vocabulary
 from lm_scale.optim import Adafactor, AdamW, Schedule, make_optimizer, make_schedule

@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 from lm_scale import hf
 from lm_scale.errors import InputError
 from lm_scale.models import build_model
-from lm_scale.models.layers import Compute
+from lm_scale.models.compute import Compute
 from lm_scale.sharding import flatten
 from lm_scale.weight_files import check_weights, open_tensors
 

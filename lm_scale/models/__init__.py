@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from lm_scale.errors import InputError
 from lm_scale.models import gpt2, llama, roberta
+from lm_scale.models.compute import Compute
 from lm_scale.models.gpt2 import GPT2, GPT2Config
-from lm_scale.models.layers import Compute, HFWeight
+from lm_scale.models.layers import HFWeight
 from lm_scale.models.llama import Llama, LlamaConfig
 from lm_scale.models.roberta import Roberta, RobertaConfig
 

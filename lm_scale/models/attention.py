@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from lm_scale.models.kernels import cudnn, splash
@@ -106,14 +108,14 @@ def attention(
         if kernel == "cudnn" and mask.segments is None and not both_ways:
             return cudnn(q, k, v, causal=mask.causal, window=mask.window, rules=rules)
     (B, T, H, N), K = q.shape, k.shape[2]
-    whole_seq = rules.spec("batch", None, "act_kv_heads", None)
-    k, v = jax.reshard(k, whole_seq), jax.reshard(v, whole_seq)
     if K != H and rules.act_kv_heads != rules.act_heads:
         # Fewer key-value heads than parts: each device takes those of its queries.
-        split = rules.spec("batch", None, "act_heads", None)
-        k, v = (jax.reshard(jnp.repeat(x, H // K, axis=2), split) for x in (k, v))
-        K = H
+        k, v, K = jnp.repeat(k, H // K, axis=2), jnp.repeat(v, H // K, axis=2), H
     heads = "act_heads" if K == H else "act_kv_heads"
+    # Each device sees all keys, and has its own queries' part of their gradients.
+    parts, gathered = rules.spec("batch", None, heads, None), frozenset(rules.seq)
+    whole_seq = PartitionSpec(*parts, reduced=gathered)
+    k, v = jax.reshard(k, whole_seq), jax.reshard(v, whole_seq)
     grouped = rules.spec("batch", "seq", heads, None, None)
     q = jnp.reshape(q, (B, T, K, H // K, N), out_sharding=grouped)
     scores = jnp.einsum(
@@ -126,4 +128,5 @@ def attention(
     probs = dropout(probs, dropout_rate, key)
     mixed = jnp.einsum("BKJTS,BSKN->BTKJN", probs, v)
     whole = rules.spec("batch", "seq", "act_heads", None)
-    return jnp.reshape(mixed, (B, T, H, N), out_sharding=whole)
+    mixed = jnp.reshape(mixed, (B, T, H, N), out_sharding=whole)
+    return checkpoint_name(mixed, "attention")

@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from lm_scale.errors import InputError
 from lm_scale.models.attention import Cache, Mask, attention
+from lm_scale.models.compute import Compute
 from lm_scale.models.layers import (
-    Compute,
     LayerNorm,
     check_heads,
     check_shape,
@@ -25,10 +25,16 @@ from lm_scale.models.layers import (
     embed,
     hf_matrix,
     hf_vector,
-    layer_keys,
-    scan_blocks,
     split_key,
 )
+from lm_scale.models.layout import (
+    from_residual,
+    gather,
+    spread,
+    sum_over,
+    to_residual,
+)
+from lm_scale.models.scan import layer_keys, scan_blocks
 from lm_scale.sharding import Normal, param, stack, zeros
 
 
@@ -151,9 +157,10 @@ class Block(nnx.Module):
 
     def attend(self, x, mask, key, cache):
         dtype, rules = x.dtype, self.compute.rules
+        x = from_residual(x, rules, "act_heads")
         with jax.named_scope("attention"):
-            qkv = jnp.einsum("BTD,DCHN->CBTHN", x, self.qkv[...].astype(dtype))
-            q, k, v = qkv + self.qkv_bias[...].astype(dtype)[:, None, None]
+            qkv = jnp.einsum("BTD,DCHN->CBTHN", x, self.qkv[...])
+            q, k, v = qkv + spread(self.qkv_bias[...], qkv, 0, 3, 4)
             if cache is not None:
                 k_past, v_past, length = cache
                 k = jax.lax.dynamic_update_slice_in_dim(k_past, k, length, axis=1)
@@ -164,24 +171,29 @@ class Block(nnx.Module):
                 dropout_rate=self.config.attention_dropout,
             )  # fmt: skip
             out = jnp.einsum(
-                "BTHN,HND->BTD", mixed, self.out[...].astype(dtype),
-                out_sharding=rules.spec("batch", "seq", "act_embed"),
+                "BTHN,HND->BTD", mixed, self.out[...],
+                out_sharding=sum_over("act_heads", rules),
             )  # fmt: skip
-            return out + self.out_bias[...].astype(dtype), cache
+            out = to_residual(out, rules)
+            return out + spread(self.out_bias[...].astype(dtype), out), cache
 
     def feed_forward(self, x):
         dtype, rules = x.dtype, self.compute.rules
+        x = from_residual(x, rules, "act_mlp")
         with jax.named_scope("mlp"):
             up = jnp.einsum(
-                "BTD,DF->BTF", x, self.up[...].astype(dtype),
+                "BTD,DF->BTF", x, self.up[...],
                 out_sharding=rules.spec("batch", "seq", "act_mlp"),
             )  # fmt: skip
-            up = jax.nn.gelu(up + self.up_bias[...].astype(dtype), approximate=True)
+            up = jax.nn.gelu(
+                up + spread(self.up_bias[...].astype(dtype), up), approximate=True
+            )
             down = jnp.einsum(
-                "BTF,FD->BTD", up, self.down[...].astype(dtype),
-                out_sharding=rules.spec("batch", "seq", "act_embed"),
+                "BTF,FD->BTD", up, self.down[...],
+                out_sharding=sum_over("act_mlp", rules),
             )  # fmt: skip
-            return down + self.down_bias[...].astype(dtype)
+            down = to_residual(down, rules)
+            return down + spread(self.down_bias[...].astype(dtype), down)
 
 
 class GPT2(nnx.Module):
@@ -218,22 +230,22 @@ class GPT2(nnx.Module):
             return block(x, mask=mask, key=key)[0], None
 
         keys = layer_keys(blocks_key, self.config.layers)
-        x, _ = scan_blocks(self.blocks, apply, x, keys, remat=self.compute.remat)
-        return self.final_norm(x)
+        x, _ = scan_blocks(self.blocks, apply, x, keys, self.compute)
+        return from_residual(self.final_norm(x), self.compute.rules, "act_vocab")
 
     def embed_tokens(self, tokens, positions):
         x = embed(self.tokens, tokens, self.compute)
         if positions is None:
-            table = self.positions[...].astype(x.dtype)[: tokens.shape[1]]
-            spec = self.compute.rules.spec("seq", "act_embed")
-            return x + jax.reshard(table, spec)
+            table = gather(self.positions[...], self.compute)[: tokens.shape[1]]
+            seq = jax.reshard(table, self.compute.rules.spec("residual_seq", None))
+            return x + spread(seq, x)
         return x + embed(self.positions, positions, self.compute)
 
     def head(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Next-token logits, f32."""
         with jax.named_scope("head"):
             return jnp.einsum(
-                "BTD,VD->BTV", hidden, self.tokens[...].astype(hidden.dtype),
+                "BTD,VD->BTV", hidden, gather(self.tokens[...], self.compute),
                 preferred_element_type=jnp.float32,
                 out_sharding=self.compute.rules.spec("batch", "seq", "act_vocab"),
             )  # fmt: skip
@@ -262,7 +274,7 @@ class GPT2(nnx.Module):
         def apply(block, x, past):
             return block(x, mask=mask, cache=(*past, cache.length))
 
-        x, (k, v) = scan_blocks(self.blocks, apply, x, (cache.k, cache.v))
+        x, (k, v) = scan_blocks(self.blocks, apply, x, (cache.k, cache.v), self.compute)
         logits = self.head(self.final_norm(x[:, -1:]))[:, 0]
         return logits, Cache(k, v, cache.length + length)
 

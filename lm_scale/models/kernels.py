@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from lm_scale.errors import InputError
-from lm_scale.models.layers import Compute
+from lm_scale.models.compute import Compute
 from lm_scale.sharding import Rules, shards
 
 Kernel = Literal["xla", "splash", "cudnn"]

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the model families share: compute settings, layer norm, dropout, the layer scan.
+"""What the model families share: checks, norms, dropout, lookups, Hugging Face's names.
 
-A block is an `nnx.Module` whose weights are declared by `sharding.param`; it is written
-for one layer and run for all of them by `scan_blocks`.
+A layer is an `nnx.Module` whose weights are declared by `sharding.param`.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,29 +15,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from lm_scale.errors import InputError
-from lm_scale.sharding import Rules, ones, param, zeros
-
-
-@dataclass(frozen=True)
-class Compute:
-    """How a model is computed; what it computes, but for rounding, is in its config."""
-
-    # Of matrix products, activations and the sums of gradients over devices; weights,
-    # optimizer, softmax, norm statistics and the loss are float32 in either case.
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    # What the backward pass computes again: nothing; all but the outputs of matrix
-    # products with weights; or all inside a block.
-    remat: Literal["none", "dots", "full"] = "dots"
-    # What computes attention; auto: the best for the devices (see models/kernels.py).
-    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
-    loss_chunk: int = 128  # positions of a sequence whose logits exist at one time
-    rules: Rules = Rules()
-
-    def __post_init__(self):
-        if self.loss_chunk < 1:
-            raise InputError(
-                f"compute.loss_chunk = {self.loss_chunk}: expected a number above 0."
-            )
+from lm_scale.models.compute import Compute
+from lm_scale.models.layout import mesh_axes_of, shared, spread, to_residual
+from lm_scale.sharding import ones, param, zeros
 
 
 def check_shape(config: Any) -> None:
@@ -63,12 +41,6 @@ def check_heads(config: Any) -> None:
         )
 
 
-REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-
-
 class LayerNorm(nnx.Module):
     """Layer normalisation over the last axis, computed in f32 (Ba et al. 2016)."""
 
@@ -82,7 +54,8 @@ class LayerNorm(nnx.Module):
         centred = x32 - jnp.mean(x32, -1, keepdims=True)
         variance = jnp.mean(jnp.square(centred), -1, keepdims=True)
         normed = centred * jax.lax.rsqrt(variance + self.epsilon)
-        return (normed * self.scale[...] + self.bias[...]).astype(x.dtype)
+        scale, bias = spread(self.scale[...], x32), spread(self.bias[...], x32)
+        return (normed * scale + bias).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -96,7 +69,7 @@ class RMSNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x32), -1, keepdims=True)
         normed = x32 * jax.lax.rsqrt(mean_square + self.epsilon)
-        return (normed * self.scale[...]).astype(x.dtype)
+        return (normed * spread(self.scale[...], x32)).astype(x.dtype)
 
 
 def dropout(x: Float[Array, "*D"], rate: float, key: Key[Array, ""] | None):
@@ -116,48 +89,24 @@ def split_key(key: Key[Array, ""] | None, number: int):
     return [None] * number if key is None else jax.random.split(key, number)
 
 
-def layer_keys(key: Key[Array, ""] | None, layers: int) -> Key[Array, "L"] | None:
-    """A key for each layer, as `scan_blocks` takes them."""
-    return None if key is None else jax.random.split(key, layers)
-
-
 def embed(
     table: nnx.Param, ids: Int[Array, "B T"], compute: Compute
 ) -> Float[Array, "B T D"]:
-    """Rows of an embedding table, in the compute type and sharded as activations."""
-    # Its columns are gathered first: a lookup in a table that is sharded both ways
-    # makes XLA replicate the result. Cast last: the gradient of a frequent token is a
-    # sum of thousands of rows, which bf16 would round away.
-    whole = PartitionSpec(jax.typeof(table[...]).sharding.spec[0], None)
-    rows = jax.reshard(table[...], whole)
-    spec = compute.rules.spec("batch", "seq", "act_embed")
-    return rows.at[ids].get(out_sharding=spec).astype(compute.dtype)
-
-
-def scan_blocks(
-    blocks: nnx.Module,
-    apply: Callable[[nnx.Module, Array, Any], tuple[Array, Any]],
-    x: Array,
-    per_layer: Any,
-    *,
-    remat: str = "none",
-) -> tuple[Array, Any]:
-    """Runs stacked blocks one after the other: compiled once, whatever the depth.
-
-    `apply(block, x, inputs) -> (x, outputs)` runs one layer; `per_layer` is a tree with
-    a leading layer axis, of which `apply` gets one slice a layer (None: none). The
-    outputs come back stacked. `remat` names what is recomputed in the backward pass.
-    """
-    graphdef, weights = nnx.split(blocks)
-
-    def layer(x, inputs):
-        weights, inputs = inputs
-        return apply(nnx.merge(graphdef, weights), x, inputs)
-
-    if remat != "none":
-        # The scan already keeps XLA from merging the two computations of a layer.
-        layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    return jax.lax.scan(layer, x, (nnx.as_pure(weights), per_layer))
+    """Rows of an embedding table, in the compute type and sharded as the residual."""
+    rules = compute.rules
+    weight = shared(table[...], rules)
+    # Where FSDP has cut the columns, each device looks up its columns for the tokens of
+    # all, and hands the others theirs: less to send than the table, and its gradient is
+    # made where it stays.
+    columns = jax.typeof(weight).sharding.spec.partitions[1]
+    cut = mesh_axes_of(PartitionSpec(columns))
+    batch = tuple(axis for axis in rules.batch if axis not in cut) or None
+    seq = rules.seq or None
+    ids = jax.reshard(ids, PartitionSpec(batch, seq))
+    rows = weight.at[ids].get(out_sharding=PartitionSpec(batch, seq, columns))
+    # Cast only now: the gradient of a frequent token is a sum of thousands of rows,
+    # which bf16 would round away.
+    return to_residual(rows.astype(compute.dtype), rules)
 
 
 @dataclass(frozen=True)

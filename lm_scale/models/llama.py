@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from lm_scale.errors import InputError
 from lm_scale.models.attention import Cache, Mask, attention
+from lm_scale.models.compute import Compute
 from lm_scale.models.layers import (
-    Compute,
     RMSNorm,
     check_heads,
     check_shape,
@@ -26,10 +26,16 @@ from lm_scale.models.layers import (
     hf_linear,
     hf_matrix,
     hf_vector,
-    layer_keys,
-    scan_blocks,
+)
+from lm_scale.models.layout import (
+    from_residual,
+    gather,
+    spread,
+    sum_over,
+    to_residual,
 )
 from lm_scale.models.rotary import FrequencyScaling, rotary_tables, rotate
+from lm_scale.models.scan import layer_keys, scan_blocks
 from lm_scale.sharding import Normal, param, stack, zeros
 
 Kind = Literal["llama", "mistral", "qwen2", "qwen3"]
@@ -250,13 +256,14 @@ class Block(nnx.Module):
 
     def attend(self, x, tables, mask, key, cache):
         dtype, rules = x.dtype, self.compute.rules
+        x = from_residual(x, rules, "act_heads", "act_kv_heads")
         with jax.named_scope("attention"):
-            q = jnp.einsum("BTD,DHN->BTHN", x, self.q[...].astype(dtype))
-            k, v = jnp.einsum("BTD,DCKN->CBTKN", x, self.kv[...].astype(dtype))
+            q = jnp.einsum("BTD,DHN->BTHN", x, self.q[...])
+            k, v = jnp.einsum("BTD,DCKN->CBTKN", x, self.kv[...])
             if self.config.qkv_bias:
-                q = q + self.q_bias[...].astype(dtype)
-                k = k + self.kv_bias[...][0].astype(dtype)
-                v = v + self.kv_bias[...][1].astype(dtype)
+                q = q + spread(self.q_bias[...], q)
+                k = k + spread(self.kv_bias[...][0], k)
+                v = v + spread(self.kv_bias[...][1], v)
             if self.config.qk_norm:
                 q, k = self.q_norm(q), self.k_norm(k)
             q, k = rotate(q, tables), rotate(k, tables)
@@ -270,29 +277,32 @@ class Block(nnx.Module):
                 dropout_rate=self.config.attention_dropout,
             )  # fmt: skip
             out = jnp.einsum(
-                "BTHN,HND->BTD", mixed, self.out[...].astype(dtype),
-                out_sharding=rules.spec("batch", "seq", "act_embed"),
+                "BTHN,HND->BTD", mixed, self.out[...],
+                out_sharding=sum_over("act_heads", rules),
             )  # fmt: skip
+            out = to_residual(out, rules)
             if self.config.out_bias:
-                out = out + self.out_bias[...].astype(dtype)
+                out = out + spread(self.out_bias[...].astype(dtype), out)
             return out, cache
 
     def feed_forward(self, x):
         dtype, rules = x.dtype, self.compute.rules
+        x = from_residual(x, rules, "act_mlp")
         with jax.named_scope("mlp"):
             both = jnp.einsum(
-                "BTD,DCF->CBTF", x, self.up[...].astype(dtype),
+                "BTD,DCF->CBTF", x, self.up[...],
                 out_sharding=rules.spec(None, "batch", "seq", "act_mlp"),
             )  # fmt: skip
             if self.config.mlp_bias:
-                both = both + self.up_bias[...].astype(dtype)[:, None, None]
+                both = both + spread(self.up_bias[...], both, 0, 3)
             gate, up = both
             down = jnp.einsum(
-                "BTF,FD->BTD", jax.nn.silu(gate) * up, self.down[...].astype(dtype),
-                out_sharding=rules.spec("batch", "seq", "act_embed"),
+                "BTF,FD->BTD", jax.nn.silu(gate) * up, self.down[...],
+                out_sharding=sum_over("act_mlp", rules),
             )  # fmt: skip
+            down = to_residual(down, rules)
             if self.config.mlp_bias:
-                down = down + self.down_bias[...].astype(dtype)
+                down = down + spread(self.down_bias[...].astype(dtype), down)
             return down
 
 
@@ -337,8 +347,8 @@ class Llama(nnx.Module):
             return block(x, tables=tables, mask=mask, key=key)[0], None
 
         keys = layer_keys(key, self.config.layers)
-        x, _ = scan_blocks(self.blocks, apply, x, keys, remat=self.compute.remat)
-        return self.final_norm(x)
+        x, _ = scan_blocks(self.blocks, apply, x, keys, self.compute)
+        return from_residual(self.final_norm(x), self.compute.rules, "act_vocab")
 
     def rotary_tables(self, positions: Int[Array, "*B T"]):
         config = self.config
@@ -351,7 +361,7 @@ class Llama(nnx.Module):
         table = self.tokens if self.config.tied else self.output
         with jax.named_scope("head"):
             return jnp.einsum(
-                "BTD,VD->BTV", hidden, table[...].astype(hidden.dtype),
+                "BTD,VD->BTV", hidden, gather(table[...], self.compute),
                 preferred_element_type=jnp.float32,
                 out_sharding=self.compute.rules.spec("batch", "seq", "act_vocab"),
             )  # fmt: skip
@@ -382,7 +392,7 @@ class Llama(nnx.Module):
         def apply(block, x, past):
             return block(x, tables=tables, mask=mask, cache=(*past, cache.length))
 
-        x, (k, v) = scan_blocks(self.blocks, apply, x, (cache.k, cache.v))
+        x, (k, v) = scan_blocks(self.blocks, apply, x, (cache.k, cache.v), self.compute)
         logits = self.head(self.final_norm(x[:, -1:]))[:, 0]
         return logits, Cache(k, v, cache.length + length)
 

@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from lm_scale.errors import InputError
 from lm_scale.models.attention import Mask, attention
+from lm_scale.models.compute import Compute
 from lm_scale.models.layers import (
-    Compute,
     LayerNorm,
     check_heads,
     check_shape,
@@ -26,10 +26,16 @@ from lm_scale.models.layers import (
     hf_linear,
     hf_matrix,
     hf_vector,
-    layer_keys,
-    scan_blocks,
     split_key,
 )
+from lm_scale.models.layout import (
+    from_residual,
+    gather,
+    spread,
+    sum_over,
+    to_residual,
+)
+from lm_scale.models.scan import layer_keys, scan_blocks
 from lm_scale.sharding import Normal, param, stack, zeros
 
 
@@ -156,32 +162,38 @@ class Block(nnx.Module):
 
     def attend(self, x, mask, key):
         dtype, rules = x.dtype, self.compute.rules
+        x = from_residual(x, rules, "act_heads")
         with jax.named_scope("attention"):
-            qkv = jnp.einsum("BTD,DCHN->CBTHN", x, self.qkv[...].astype(dtype))
-            q, k, v = qkv + self.qkv_bias[...].astype(dtype)[:, None, None]
+            qkv = jnp.einsum("BTD,DCHN->CBTHN", x, self.qkv[...])
+            q, k, v = qkv + spread(self.qkv_bias[...], qkv, 0, 3, 4)
             mixed = attention(
                 q, k, v, mask=mask, rules=rules, key=key, kernel=self.compute.attention,
                 dropout_rate=self.config.attention_dropout,
             )  # fmt: skip
             out = jnp.einsum(
-                "BTHN,HND->BTD", mixed, self.out[...].astype(dtype),
-                out_sharding=rules.spec("batch", "seq", "act_embed"),
+                "BTHN,HND->BTD", mixed, self.out[...],
+                out_sharding=sum_over("act_heads", rules),
             )  # fmt: skip
-            return out + self.out_bias[...].astype(dtype)
+            out = to_residual(out, rules)
+            return out + spread(self.out_bias[...].astype(dtype), out)
 
     def feed_forward(self, x):
         dtype, rules = x.dtype, self.compute.rules
+        x = from_residual(x, rules, "act_mlp")
         with jax.named_scope("mlp"):
             up = jnp.einsum(
-                "BTD,DF->BTF", x, self.up[...].astype(dtype),
+                "BTD,DF->BTF", x, self.up[...],
                 out_sharding=rules.spec("batch", "seq", "act_mlp"),
             )  # fmt: skip
-            up = jax.nn.gelu(up + self.up_bias[...].astype(dtype), approximate=False)
+            up = jax.nn.gelu(
+                up + spread(self.up_bias[...].astype(dtype), up), approximate=False
+            )
             down = jnp.einsum(
-                "BTF,FD->BTD", up, self.down[...].astype(dtype),
-                out_sharding=rules.spec("batch", "seq", "act_embed"),
+                "BTF,FD->BTD", up, self.down[...],
+                out_sharding=sum_over("act_mlp", rules),
             )  # fmt: skip
-            return down + self.down_bias[...].astype(dtype)
+            down = to_residual(down, rules)
+            return down + spread(self.down_bias[...].astype(dtype), down)
 
 
 class Roberta(nnx.Module):
@@ -223,8 +235,8 @@ class Roberta(nnx.Module):
             return block(x, mask=Mask(segments=segments), key=key), None
 
         keys = layer_keys(blocks_key, self.config.layers)
-        x, _ = scan_blocks(self.blocks, apply, x, keys, remat=self.compute.remat)
-        return x
+        x, _ = scan_blocks(self.blocks, apply, x, keys, self.compute)
+        return from_residual(x, self.compute.rules, "act_embed")
 
     def embed_tokens(self, tokens, positions):
         pad_id = self.config.pad_id
@@ -233,8 +245,7 @@ class Roberta(nnx.Module):
             real = (jax.reshard(tokens, whole_seq) != pad_id).astype(jnp.int32)
             positions = jnp.cumsum(real, axis=1) * real + pad_id
         x = embed(self.tokens, tokens, self.compute)
-        spec = self.compute.rules.spec("act_embed")
-        token_type = jax.reshard(self.types[...][0].astype(x.dtype), spec)
+        token_type = spread(gather(self.types[...], self.compute)[0], x)
         return x + token_type + embed(self.positions, positions, self.compute)
 
     def head(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
@@ -242,17 +253,17 @@ class Roberta(nnx.Module):
         dtype, rules = hidden.dtype, self.compute.rules
         with jax.named_scope("head"):
             x = jnp.einsum(
-                "BTD,DG->BTG", hidden, self.dense[...].astype(dtype),
+                "BTD,DG->BTG", hidden, gather(self.dense[...], self.compute),
                 out_sharding=rules.spec("batch", "seq", "act_embed"),
             )  # fmt: skip
-            x = x + self.dense_bias[...].astype(dtype)
+            x = x + spread(self.dense_bias[...].astype(dtype), x)
             x = self.head_norm(jax.nn.gelu(x, approximate=False))
             logits = jnp.einsum(
-                "BTD,VD->BTV", x, self.tokens[...].astype(dtype),
+                "BTD,VD->BTV", x, gather(self.tokens[...], self.compute),
                 preferred_element_type=jnp.float32,
                 out_sharding=rules.spec("batch", "seq", "act_vocab"),
             )  # fmt: skip
-            return logits + self.head_bias[...]
+            return logits + spread(self.head_bias[...], logits)
 
 
 _LAYER = "roberta.encoder.layer.{layer}."

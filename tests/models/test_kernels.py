@@ -18,9 +18,9 @@ from lm_scale.errors import InputError
 from lm_scale.models import attention as attention_module
 from lm_scale.models import build_model, kernels
 from lm_scale.models.attention import Mask, attention
+from lm_scale.models.compute import Compute
 from lm_scale.models.gpt2 import GPT2Config
 from lm_scale.models.kernels import choose_attention
-from lm_scale.models.layers import Compute
 from lm_scale.models.llama import LlamaConfig
 from lm_scale.models.roberta import RobertaConfig
 from lm_scale.optim import AdamW, Schedule, make_optimizer, make_schedule

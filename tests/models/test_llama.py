@@ -19,7 +19,7 @@ from flax import nnx
 from lm_scale import hf
 from lm_scale.errors import InputError
 from lm_scale.models import build_model
-from lm_scale.models.layers import Compute
+from lm_scale.models.compute import Compute
 from lm_scale.models.llama import LlamaConfig
 from lm_scale.models.rotary import FrequencyScaling, rotary_tables, rotate
 from lm_scale.shapes import parameter_count

@@ -10,7 +10,7 @@ import pytest
 from lm_scale import hf
 from lm_scale.data.tokenizer import TokenizerConfig, train_tokenizer
 from lm_scale.models import build_model
-from lm_scale.models.layers import Compute
+from lm_scale.models.compute import Compute
 from lm_scale.sharding import flatten
 
 torch = pytest.importorskip("torch")

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a model is computed: number types, what is recomputed, kernels, rules."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lm_scale.errors import InputError
+from lm_scale.sharding import Rules
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How a model is computed; what it computes, but for rounding, is in its config."""
+
+    # Of matrix products and activations; weights, optimizer, softmax, norm statistics
+    # and the loss are float32 in either case.
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    # What the backward pass computes again: nothing; all but the outputs of matrix
+    # products with weights; all but those of attention; or all inside a block.
+    remat: Literal["none", "dots", "attention", "full"] = "dots"
+    offload: bool = False  # what `remat` keeps waits in the host's memory
+    unroll: int = 1  # layers that are compiled as one turn of the loop over layers
+    # Of gradients while they are summed over devices.
+    grad_dtype: Literal["float32", "bfloat16"] = "float32"
+    # What computes attention; auto: the best for the devices (see models/kernels.py).
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    loss_chunk: int = 128  # positions of a sequence whose logits exist at one time
+    rules: Rules = Rules()
+
+    def __post_init__(self):
+        for name in ("loss_chunk", "unroll"):
+            value = getattr(self, name)
+            if value < 1:
+                raise InputError(
+                    f"compute.{name} = {value}: expected a number above 0."
+                )
+        if self.offload and self.remat not in ("dots", "attention"):
+            raise InputError(
+                f"compute.offload needs compute.remat = dots or attention, whose "
+                f"outputs are kept; with {self.remat} there is nothing to offload."
+            )

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How weights and activations change their layout inside a model.
+
+A weight's gradient is a sum over all tokens, and each device sees some of them. Where a
+weight is used it gets a type that says so: it is `reduced` over the mesh axes of batch
+and sequence (the same everywhere), so that its gradient is `unreduced` there: a partial
+sum on each device. Partial sums may be added up, over micro-batches for one, and are
+summed over the devices when, and in the type, that the program says. The same two words
+serve activations, where a matrix is cut over devices (`sum_over`, `from_residual`).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from lm_scale.models.compute import Compute
+from lm_scale.sharding import Rules
+
+
+def token_axes(rules: Rules) -> frozenset[str]:
+    """The mesh axes over which different devices see different tokens."""
+    return frozenset(rules.batch + rules.seq)
+
+
+def mesh_axes_of(spec: PartitionSpec) -> frozenset[str]:
+    """The mesh axes over which an array with this partition is cut."""
+    parts = (
+        part if isinstance(part, tuple) else (part,) for part in spec.partitions if part
+    )
+    return frozenset(axis for part in parts for axis in part)
+
+
+def shared(weight: Array, rules: Rules) -> Array:
+    """The same weight, where it is cut; its gradient stays a partial sum elsewhere."""
+    spec = jax.typeof(weight).sharding.spec
+    return jax.reshard(
+        weight,
+        PartitionSpec(*spec.partitions, reduced=token_axes(rules) - mesh_axes_of(spec)),
+    )
+
+
+def gather(weight: Array, compute: Compute, dtype: str | None = None) -> Array:
+    """A weight as a layer uses it: in the compute type, and whole but for `tensor`.
+
+    What FSDP has cut is gathered; the gradient is summed over the same devices, and
+    scattered to them, in `compute.grad_dtype`. `dtype`: instead of the compute type.
+    Vectors, which norms need in f32, keep their type.
+    """
+    dtype = dtype or (compute.dtype if weight.ndim > 1 else "float32")
+    spec, tokens = jax.typeof(weight).sharding.spec, token_axes(compute.rules)
+    parts = [part if isinstance(part, tuple) else (part,) for part in spec.partitions]
+    left = [tuple(axis for axis in part if axis not in tokens) for part in parts]
+    whole = PartitionSpec(*(part or None for part in left), reduced=tokens)
+    back = PartitionSpec(*spec.partitions, unreduced=spec.reduced)
+    return _gather(weight, dtype, whole, back, compute.grad_dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _gather(weight, dtype, whole, back, grad_dtype):
+    return jax.reshard(weight.astype(dtype), whole)
+
+
+def _gather_forward(weight, dtype, whole, back, grad_dtype):
+    return _gather(weight, dtype, whole, back, grad_dtype), None
+
+
+def _gather_backward(dtype, whole, back, grad_dtype, _, gradient):
+    return (jax.reshard(gradient.astype(grad_dtype), back).astype(jnp.float32),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def spread(weight: Array, x: Array, *dims: int) -> Array:
+    """A bias or scale broadcast to the shape and the sharding of the activation `x`.
+
+    dims: the axes of `x` that are the axes of the weight; the last ones if not given.
+    """
+    spec, own = jax.typeof(x).sharding.spec, jax.typeof(weight).sharding.spec
+    dims = dims or tuple(range(x.ndim - weight.ndim, x.ndim))
+    own = PartitionSpec(*own.partitions, reduced=mesh_axes_of(spec) - mesh_axes_of(own))
+    return jax.lax.broadcast_in_dim(
+        jax.reshard(weight, own), x.shape, dims, out_sharding=spec
+    )
+
+
+def sum_over(axis: str, rules: Rules) -> PartitionSpec:
+    """How a product that contracts the activations' `axis` comes out: not summed yet.
+
+    `to_residual` sums it over the devices that had a part of the axis.
+    """
+    spec = rules.spec("batch", "seq", "act_embed")
+    return PartitionSpec(*spec, unreduced=frozenset(getattr(rules, axis)))
+
+
+def to_residual(x: Float[Array, "B T D"], rules: Rules) -> Float[Array, "B T D"]:
+    """An activation, laid out as between the sublayers; a partial sum is summed."""
+    whole = jax.reshard(x, rules.spec("batch", "residual_seq", "act_embed"))
+    return checkpoint_name(whole, "residual")
+
+
+def from_residual(
+    x: Float[Array, "B T D"], rules: Rules, *axes: str
+) -> Float[Array, "B T D"]:
+    """The input of a sublayer or of the head: the sequence as `seq` says.
+
+    axes: those of the activations that it is multiplied into. Where they are cut over
+    the devices that have shared out the sequence, its gradient is a sum over these
+    devices, and is scattered back as it is summed.
+    """
+    spec = rules.spec("batch", "seq", "act_embed")
+    gathered = frozenset(rules.residual_seq) - frozenset(rules.seq)
+    cut = [frozenset(getattr(rules, axis)) for axis in axes]
+    return jax.reshard(x, PartitionSpec(*spec, reduced=gathered.intersection(*cut)))

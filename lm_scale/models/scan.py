@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop over a model's blocks, and what it keeps for the backward pass."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Key
+
+from lm_scale.models.compute import Compute
+from lm_scale.models.layout import gather, shared
+
+
+def layer_keys(key: Key[Array, ""] | None, layers: int) -> Key[Array, "L"] | None:
+    """A key for each layer, as `scan_blocks` takes them."""
+    return None if key is None else jax.random.split(key, layers)
+
+
+def scan_blocks(
+    blocks: nnx.Module,
+    apply: Callable[[nnx.Module, Array, Any], tuple[Array, Any]],
+    x: Array,
+    per_layer: Any,
+    compute: Compute,
+) -> tuple[Array, Any]:
+    """Runs stacked blocks one after the other: compiled once, whatever the depth.
+
+    `apply(block, x, inputs) -> (x, outputs)` runs one layer; `per_layer` is a tree with
+    a leading layer axis, of which `apply` gets one slice a layer (None: none). The
+    outputs come back stacked. Each layer's weights are gathered when it is its turn,
+    and again in the backward pass.
+    """
+    graphdef, weights = nnx.split(blocks)
+
+    def layer(x, inputs):
+        weights, inputs = inputs
+        weights = jax.tree.map(lambda w: gather(w, compute), weights)
+        return apply(nnx.merge(graphdef, weights), x, inputs)
+
+    # The scan already keeps XLA from merging the two computations of a layer.
+    layer = jax.checkpoint(layer, policy=remat_policy(compute), prevent_cse=False)
+    weights = jax.tree.map(lambda w: shared(w, compute.rules), nnx.as_pure(weights))
+    return jax.lax.scan(layer, x, (weights, per_layer), unroll=compute.unroll)
+
+
+def remat_policy(compute: Compute) -> Callable[..., Any]:
+    """Which values of a layer the backward pass finds, and does not compute again."""
+    if compute.remat == "none":
+        # All but what comes from other devices: else the weights of every layer would
+        # be whole at one time.
+        return lambda primitive, *_, **__: primitive.name != "reshard"
+    if compute.remat == "dots":
+        return _dots(compute.offload)
+    if compute.remat == "attention":
+        return _named("attention", compute.offload)
+    return jax.checkpoint_policies.nothing_saveable
+
+
+_TO_HOST = {"offload_src": "device", "offload_dst": "pinned_host"}
+
+
+def _named(name: str, offload: bool) -> Callable[..., Any]:
+    if not offload:
+        return jax.checkpoint_policies.save_only_these_names(name)
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=[name], **_TO_HOST
+    )
+
+
+def _dots(offload: bool) -> Callable[..., Any]:
+    """Products with weights; of a partial sum what it is summed to, by its name."""
+    policies, summed = jax.checkpoint_policies, _named("residual", offload)
+    products = policies.dots_with_no_batch_dims_saveable
+    if offload:
+        products = policies.offload_dot_with_no_batch_dims(**_TO_HOST)
+
+    def policy(primitive, *operands, **params):
+        into = params.get("out_sharding")
+        if primitive.name == "dot_general" and into and into.spec.unreduced:
+            return False
+        choose = summed if primitive.name == "name" else products
+        return choose(primitive, *operands, **params)
+
+    return policy
