@@ -170,7 +170,10 @@ class RunConfig:
     def choose_attention(self, mesh: Mesh) -> tuple[Kernel, str]:
         """What computes attention on this mesh, and why; InputError if it cannot."""
         segments = self.data.examples == "documents"
-        return choose_attention(self.compute, self.model, mesh, segments=segments)
+        return choose_attention(
+            self.compute, self.model, mesh, length=self.seq_len,
+            causal=family_of(self.model).causal, segments=segments,
+        )  # fmt: skip
 
     def total_steps(self, examples: int) -> int:
         """Optimizer steps of the run, whose training split has so many sequences."""

@@ -206,7 +206,8 @@ def open_source(config: RunConfig, tokenizer, mesh: Mesh, part: Part) -> Source:
         store, config.seq_len, most=max_examples(config, part),
         special_ids=vocabulary_of(tokenizer).special_ids,
         pad_to_seq_len=data.pad_to_seq_len,
-        multiple=math.lcm(PAD_MULTIPLE, shards(config.compute.rules, mesh, "seq")),
+        # Twice the parts of a sequence: ring attention has two chunks in each.
+        multiple=math.lcm(PAD_MULTIPLE, 2 * shards(config.compute.rules, mesh, "seq")),
     )  # fmt: skip
 
 

@@ -20,8 +20,15 @@ from lm_scale.losses import IGNORE, Sums, cross_entropy
 from lm_scale.models import Model, family_of
 from lm_scale.models.compute import Compute
 from lm_scale.models.layout import gather, shared
+from lm_scale.models.ring import zigzag_order
 from lm_scale.optim import MatrixAxes
-from lm_scale.sharding import Params, init_params, map_declarations, state_axes
+from lm_scale.sharding import (
+    Params,
+    init_params,
+    map_declarations,
+    shards,
+    state_axes,
+)
 
 Batch = dict[str, Int[Array, "B T"]]  # "tokens", "labels" and perhaps "segments"
 Metrics = dict[str, Float[Array, ""]]
@@ -143,7 +150,11 @@ def make_train_step(
 
     def loss_sum(params: Params, batch: Batch, key: Key[Array, ""]):
         model = nnx.merge(graphdef, params)
-        hidden = model(batch["tokens"], segments=batch.get("segments"), key=key)
+        batch, positions = lay_out(model, batch)
+        hidden = model(
+            batch["tokens"], positions=positions, segments=batch.get("segments"),
+            key=key,
+        )  # fmt: skip
         head = nnx.merge(graphdef, gather_head(params, compute)).head
         chunk = compute.loss_chunk
         return cross_entropy(head, hidden, batch["labels"], chunk=chunk)["loss"]
@@ -200,11 +211,34 @@ def make_eval_step(model: Model) -> Callable[[Params, Batch], Sums]:
 
     def eval_step(params: Params, batch: Batch) -> Sums:
         model = nnx.merge(graphdef, params)
-        hidden = model(batch["tokens"], segments=batch.get("segments"))
+        batch, positions = lay_out(model, batch)
+        hidden = model(
+            batch["tokens"], positions=positions, segments=batch.get("segments")
+        )
         labels = batch["labels"]
         return cross_entropy(model.head, hidden, labels, chunk=chunk, accuracy=True)
 
     return jax.jit(eval_step)
+
+
+def lay_out(model: Model, batch: Batch) -> tuple[Batch, Int[Array, "T"] | None]:
+    """The rows in the order that attention wants, and their tokens' positions in them.
+
+    None: in order. Causal ring attention wants `zigzag_order`, which gives the devices
+    that share a row equal work; only the tokens' numbers are exchanged for it.
+    """
+    compute = model.compute
+    if compute.attention != "ring" or not family_of(model.config).causal:
+        return batch, None
+    parts = shards(compute.rules, jax.sharding.get_abstract_mesh(), "seq")
+    order = zigzag_order(batch["tokens"].shape[1], parts)
+
+    def reordered(x: Int[Array, "B T"]) -> Int[Array, "B T"]:
+        whole = jax.reshard(x, compute.rules.spec("batch", None))
+        return jax.reshard(whole[:, order], compute.rules.spec("batch", "seq"))
+
+    positions = jax.reshard(jnp.asarray(order), compute.rules.spec("seq"))
+    return jax.tree.map(reordered, batch), positions
 
 
 def split_batch(x: Int[Array, "B T"], parts: int) -> Int[Array, "parts rows T"]:

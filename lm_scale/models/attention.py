@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from lm_scale.models.kernels import cudnn, splash
 from lm_scale.models.layers import dropout
+from lm_scale.models.ring import ring_attention
 from lm_scale.sharding import Rules, shards
 
 
@@ -93,20 +94,25 @@ def attention(
     sequence, so that with `seq` sharded (the mesh's context axis) each device has its
     own queries and sees all keys.
 
-    `kernel` is what `kernels.choose_attention` chose for the run. Where a kernel cannot
-    do this call (generation with a cache, say), xla does it.
+    `kernel` is what `kernels.choose_attention` chose for the run; with `ring`, causal
+    rows lie in its `zigzag_order`. Where a kernel cannot do this call (generation with
+    a cache, say), xla does it.
     """
     uncut = shards(rules, jax.sharding.get_abstract_mesh(), "seq") == 1
-    in_order = mask.positions is None and mask.key_positions is None
-    if uncut and in_order and (key is None or dropout_rate == 0.0):
-        if kernel == "splash":
-            return splash(
-                q, k, v, causal=mask.causal, window=mask.window, rules=rules,
-                segments=mask.segments, key_segments=mask.key_segments,
-            )  # fmt: skip
-        both_ways = mask.window is not None and not mask.causal
-        if kernel == "cudnn" and mask.segments is None and not both_ways:
-            return cudnn(q, k, v, causal=mask.causal, window=mask.window, rules=rules)
+    of_row = mask.key_positions is None  # the keys are those of the queries
+    in_order = of_row and mask.positions is None
+    both_ways = mask.window is not None and not mask.causal
+    seen = {"causal": mask.causal, "window": mask.window, "rules": rules}
+    if key is not None and dropout_rate > 0.0:
+        kernel = "xla"
+    if kernel == "ring" and not uncut and of_row and not both_ways:
+        return ring_attention(q, k, v, segments=mask.segments, **seen)
+    if kernel == "splash" and uncut and in_order:
+        ids = {"segments": mask.segments, "key_segments": mask.key_segments}
+        return splash(q, k, v, **ids, **seen)
+    if kernel == "cudnn" and uncut and in_order and not both_ways:
+        if mask.segments is None:
+            return cudnn(q, k, v, **seen)
     (B, T, H, N), K = q.shape, k.shape[2]
     if K != H and rules.act_kv_heads != rules.act_heads:
         # Fewer key-value heads than parts: each device takes those of its queries.

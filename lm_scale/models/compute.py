@@ -23,7 +23,7 @@ class Compute:
     # Of gradients while they are summed over devices.
     grad_dtype: Literal["float32", "bfloat16"] = "float32"
     # What computes attention; auto: the best for the devices (see models/kernels.py).
-    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    attention: Literal["auto", "xla", "splash", "cudnn", "ring"] = "auto"
     loss_chunk: int = 128  # positions of a sequence whose logits exist at one time
     rules: Rules = Rules()
 

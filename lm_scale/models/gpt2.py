@@ -211,7 +211,7 @@ class GPT2(nnx.Module):
         self,
         tokens: Int[Array, "B T"],
         *,
-        positions: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "T"] | Int[Array, "B T"] | None = None,
         segments: Int[Array, "B T"] | None = None,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B T D"]:
@@ -235,11 +235,16 @@ class GPT2(nnx.Module):
 
     def embed_tokens(self, tokens, positions):
         x = embed(self.tokens, tokens, self.compute)
+        if positions is not None and positions.ndim == 2:
+            return x + embed(self.positions, positions, self.compute)
+        rows = gather(self.positions[...], self.compute)
         if positions is None:
-            table = gather(self.positions[...], self.compute)[: tokens.shape[1]]
-            seq = jax.reshard(table, self.compute.rules.spec("residual_seq", None))
-            return x + spread(seq, x)
-        return x + embed(self.positions, positions, self.compute)
+            rows = rows[: tokens.shape[1]]
+        else:
+            whole = jax.reshard(positions, self.compute.rules.spec(None))
+            rows = rows.at[whole].get(out_sharding=jax.typeof(rows).sharding.spec)
+        rows = jax.reshard(rows, self.compute.rules.spec("residual_seq", None))
+        return x + spread(rows, x)
 
     def head(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Next-token logits, f32."""

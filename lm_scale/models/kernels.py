@@ -2,6 +2,7 @@
 """Attention without its matrix of scores: the kernels, and which one a run takes.
 
     devices                     kernel  because
+    any, sequences cut          ring    keys and values go round (models/ring.py)
     TPU v4 and later            splash  Pallas; passes over blocks that a mask rules out
     TPU v2, v3                  xla     Mosaic has no bf16 matrix products for them
     NVIDIA, capability >= 8.0   cudnn   flash attention of the maker, in bf16
@@ -11,7 +12,8 @@ Flash attention (Dao et al. 2022) makes the scores a block at a time and keeps n
 its memory grows with the length of a sequence and not with its square. Masks and
 results are those of the plain path, but for rounding, and for a query that may look
 nowhere.
-Neither kernel drops out attention weights, or takes sequences that the mesh cuts.
+None of them drops out attention weights, and only `ring` takes sequences that the mesh
+cuts; `xla` gathers their keys and values.
 `choose_attention` settles it once, by the mesh's devices: a program may be compiled for
 TPUs on a machine that has none.
 """
@@ -31,7 +33,7 @@ from lm_scale.errors import InputError
 from lm_scale.models.compute import Compute
 from lm_scale.sharding import Rules, shards
 
-Kernel = Literal["xla", "splash", "cudnn"]
+Kernel = Literal["xla", "splash", "cudnn", "ring"]
 TPUS_WITHOUT_SPLASH = ("TPU v2", "TPU v3")
 NO_SEGMENT = jnp.iinfo(jnp.int32).min  # of the tokens that fill up a block
 LANES = 128  # Splash's blocks are multiples of it
@@ -39,26 +41,34 @@ BLOCK = 512  # ... and of this size if the sequence is long enough
 
 
 def choose_attention(
-    compute: Compute, model: Any, mesh: Mesh, *, segments: bool
+    compute: Compute,
+    model: Any,
+    mesh: Mesh,
+    *,
+    length: int,
+    causal: bool,
+    segments: bool,
 ) -> tuple[Kernel, str]:
     """The kernel that a run takes on these devices, and a sentence that says why.
 
-    `model` is the config of any family; `segments`: rows hold documents that must not
-    see each other. Raises InputError if `compute.attention` names a kernel that cannot
-    do what this run needs.
+    `model` is the config of any family; `length`: positions of a sequence; `segments`:
+    rows hold documents that must not see each other. Raises InputError if
+    `compute.attention` names a kernel that cannot do what this run needs.
     """
     device = mesh.devices.flat[0]
     wanted = compute.attention
     if wanted == "xla":
         return "xla", f"xla ({device.device_kind})"
+    parts = shards(compute.rules, mesh, "seq")
     if wanted == "auto":
         best: dict[str, Kernel] = {"tpu": "splash", "gpu": "cudnn"}
-        if device.platform not in best:
+        if parts == 1 and device.platform not in best:
             return "xla", f"xla ({device.device_kind})"
-        kernel = best[device.platform]
+        kernel = best[device.platform] if parts == 1 else "ring"
     else:
         kernel = wanted
-    reason = _obstacle(kernel, device, compute, model, mesh, segments)
+    reason = _obstacle(kernel, device, compute, model, segments)
+    reason = reason or _obstacle_of_length(kernel, parts, length, causal)
     if reason is None:
         return kernel, f"{kernel} ({device.device_kind})"
     if wanted == "auto":
@@ -74,7 +84,6 @@ def _obstacle(
     device: Any,
     compute: Compute,
     model: Any,
-    mesh: Mesh,
     segments: bool,
 ) -> str | None:
     """What keeps a run from this kernel, to be read after "because"."""
@@ -94,9 +103,23 @@ def _obstacle(
             f"{kernel} does not drop out attention weights "
             f"(model.attention_dropout = {model.attention_dropout})"
         )
-    parts = shards(compute.rules, mesh, "seq")
-    if parts > 1:
+    return None
+
+
+def _obstacle_of_length(
+    kernel: Kernel, parts: int, length: int, causal: bool
+) -> str | None:
+    if kernel != "ring":
+        if parts == 1:
+            return None
         return f"{kernel} takes whole sequences, and the mesh cuts them into {parts}"
+    if parts == 1:
+        return "ring is for sequences that the mesh cuts, and this one does not"
+    if causal and length % (2 * parts):
+        return (
+            f"ring lays a sequence out in 2 × {parts} equal chunks, and its {length} "
+            f"positions are no multiple of that"
+        )
     return None
 
 

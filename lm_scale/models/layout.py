@@ -83,9 +83,13 @@ def spread(weight: Array, x: Array, *dims: int) -> Array:
     spec, own = jax.typeof(x).sharding.spec, jax.typeof(weight).sharding.spec
     dims = dims or tuple(range(x.ndim - weight.ndim, x.ndim))
     own = PartitionSpec(*own.partitions, reduced=mesh_axes_of(spec) - mesh_axes_of(own))
-    return jax.lax.broadcast_in_dim(
+    wide = jax.lax.broadcast_in_dim(
         jax.reshard(weight, own), x.shape, dims, out_sharding=spec
     )
+    # It is so cut already: this is for the way back, where the gradient is summed to a
+    # partial sum on each device. Without a word of its own on how it is cut before, XLA
+    # may take it from another use of the same gradient, and sum what was gathered.
+    return jax.reshard(wide, spec)
 
 
 def sum_over(axis: str, rules: Rules) -> PartitionSpec:

@@ -322,7 +322,7 @@ class Llama(nnx.Module):
         self,
         tokens: Int[Array, "B T"],
         *,
-        positions: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "T"] | Int[Array, "B T"] | None = None,
         segments: Int[Array, "B T"] | None = None,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B T D"]:

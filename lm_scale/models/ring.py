@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -224,8 +225,10 @@ def _forward(ring: Ring, q, k, v, places: Places):
     between = jnp.arange(1, ring.parts - 1)
     (state, keys), _ = jax.lax.scan(turn, (state, keys), between)
     mixed, largest, weight = meet(state, ring.parts - 1, keys)
-    mixed = (mixed / weight[..., None]).astype(q.dtype)
-    return mixed, (q, k, v, places, mixed, largest + jnp.log(weight))
+    # Named for the remat policies, which may keep what the second time round needs.
+    mixed = checkpoint_name((mixed / weight[..., None]).astype(q.dtype), "attention")
+    log_weight = checkpoint_name(largest + jnp.log(weight), "attention")
+    return mixed, (q, k, v, places, mixed, log_weight)
 
 
 def _backward(ring: Ring, saved, d_mixed):

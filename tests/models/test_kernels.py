@@ -117,11 +117,15 @@ T4 = Device("gpu", "Tesla T4", "7.5")
 MI300 = Device("gpu", "AMD Instinct MI300X", "gfx942")
 
 
-def choice(device, compute=None, model=LLAMA, *, segments=False, context=1):
+def choice(device, compute=None, model=LLAMA, *, segments=False, context=1, length=48):
     """As on a mesh of such devices, of which there need be none."""
     shape = (1, 1, 1, context, 1)
     mesh = Mesh(np.full(shape, device, object), MESH_AXES)
-    return choose_attention(compute or Compute(), model, mesh, segments=segments)
+    causal = not isinstance(model, RobertaConfig)
+    return choose_attention(
+        compute or Compute(), model, mesh, length=length, causal=causal,
+        segments=segments,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -150,8 +154,6 @@ def test_the_devices_decide(device, kernel, sentence):
     [
         (tpu("v4"), {"model": GPT2Config()}, "attention_dropout = 0.1"),
         (A100, {"model": RobertaConfig()}, "attention_dropout = 0.1"),
-        (tpu("v4"), {"context": 2}, "the mesh cuts them into 2"),
-        (H200, {"context": 2}, "the mesh cuts them into 2"),
         (A100, {"compute": Compute("float32")}, "compute.dtype = float32"),
         (A100, {"model": LlamaConfig(head_dim=132)}, "it is 132"),
         (H200, {"model": LlamaConfig(head_dim=132)}, "it is 132"),
@@ -192,11 +194,30 @@ def test_what_a_kernel_can_do(device, changes):
         (tpu("v3"), "splash", "splash needs a TPU v4 or later"),
         (CPU, "cudnn", "cudnn is for NVIDIA's GPUs, and the devices are cpu"),
         (tpu("v4"), "cudnn", "cudnn is for NVIDIA's GPUs"),
+        (CPU, "ring", "ring is for sequences that the mesh cuts"),
     ],
 )
 def test_forcing_a_kernel_onto_the_wrong_devices_is_an_error(device, name, said):
     with pytest.raises(InputError, match=f"compute.attention = '{name}'.*{said}"):
         choice(device, Compute(attention=name))
+
+
+@pytest.mark.parametrize("device", [CPU, tpu("v3"), tpu("v4"), H200])
+def test_sequences_that_are_cut_take_the_ring(device):
+    kind = device.device_kind
+    for model in (LLAMA, RobertaConfig(attention_dropout=0.0)):
+        assert choice(device, model=model, context=4) == ("ring", f"ring ({kind})")
+    for changes, said in (
+        ({"length": 44}, "in 2 × 4 equal chunks, and its 44 positions"),
+        ({"model": RobertaConfig()}, "attention_dropout = 0.1"),
+    ):
+        kernel, sentence = choice(device, context=4, **changes)
+        assert kernel == "xla" and said in sentence
+        with pytest.raises(InputError, match=re.escape(said)):
+            choice(device, Compute(attention="ring"), context=4, **changes)
+    for name, on in (("splash", tpu("v4")), ("cudnn", H200)):
+        with pytest.raises(InputError, match="the mesh cuts them into 4"):
+            choice(on, Compute(attention=name), context=4)
 
 
 @pytest.mark.parametrize("device", [CPU, tpu("v4"), A100])
@@ -347,7 +368,9 @@ def lowered_step(topology, monkeypatch):
         vocab=256, positions=200, layers=2, embed=128, heads=4, kv_heads=2, head_dim=32,
         mlp=256,
     )  # fmt: skip
-    kernel, _ = choose_attention(Compute(), config, mesh, segments=False)
+    kernel, _ = choose_attention(
+        Compute(), config, mesh, length=200, causal=True, segments=False
+    )
     model = build_model(config, Compute(attention=kernel))
     schedule = make_schedule(Schedule(), 100)
     optimizer = make_optimizer(AdamW(), schedule, decay_mask(model))
