@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from lm_scale.data.corpus import CorpusConfig
 from lm_scale.data.tokenizer import TokenizerConfig
@@ -138,7 +138,7 @@ class RunConfig:
                 f"model's embedding has rows (model.vocab = {self.model.vocab})."
             )
 
-    def check_mesh(self, mesh: Mesh) -> None:
+    def check_mesh(self, mesh: Mesh | AbstractMesh) -> None:
         """InputError if this mesh cannot cut the batch or the sequences evenly.
 
         Or if it has devices that the rules give no work of their own.
