@@ -3,7 +3,7 @@
 
 Command   lm-scale train configs/gpt2_norwegian.py
           (the same by flags: launch/run_clm_flax.py; docs/migration.md)
-Hardware  one TPUv3-8, 8 cores with 64 sequences of 512 tokens each
+Hardware  TPU v3-8 (8 cores), each with 64 sequences of 512 tokens
 To beat   loss 3.24, perplexity 25.72 on held-out text after 20 epochs in about 21 h:
           the published run on one TPUv3-8, float32, on OSCAR 2019; see
           roberta_base_norwegian.py for the text here

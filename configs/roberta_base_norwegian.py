@@ -3,7 +3,7 @@
 
 Command   lm-scale train configs/roberta_base_norwegian.py
           (the same by flags: launch/run_mlm_flax.py; docs/migration.md)
-Hardware  one TPUv3-8, 8 cores with 128 sequences of 128 tokens each
+Hardware  TPU v3-8 (8 cores), each with 128 sequences of 128 tokens
 To beat   loss 1.78, accuracy 0.64 on held-out text after 18 epochs in 15 h 32 min: the
           published run on one TPUv3-8, float32, on OSCAR 2019 (3,229,940 documents, 4.7
           GB), of which nobody can load the script any more. The text here is as many

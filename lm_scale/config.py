@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from lm_scale.data.corpus import CorpusConfig
 from lm_scale.data.tokenizer import TokenizerConfig
@@ -138,7 +138,7 @@ class RunConfig:
                 f"model's embedding has rows (model.vocab = {self.model.vocab})."
             )
 
-    def check_mesh(self, mesh: Mesh) -> None:
+    def check_mesh(self, mesh: Mesh | AbstractMesh) -> None:
         """InputError if this mesh cannot cut the batch or the sequences evenly.
 
         Or if it has devices that the rules give no work of their own.
@@ -159,13 +159,14 @@ class RunConfig:
                 f"{shards(rules, mesh, 'batch')} part(s) ({'×'.join(rules.batch)}) and "
                 f"accumulate into {self.accumulate}. Use a multiple of {rows}."
             )
-        parts = shards(rules, mesh, "seq")
-        if self.seq_len % parts:
-            raise InputError(
-                f"seq_len = {self.seq_len} cannot be divided evenly: the mesh cuts it "
-                f"into {parts} part(s) ({'×'.join(rules.seq)}). "
-                f"Use a multiple of {parts}."
-            )
+        for axis in ("seq", "residual_seq"):
+            parts = shards(rules, mesh, axis)
+            if self.seq_len % parts:
+                raise InputError(
+                    f"seq_len = {self.seq_len} cannot be divided evenly: the mesh cuts "
+                    f"it into {parts} part(s) ({'×'.join(getattr(rules, axis))}). "
+                    f"Use a multiple of {parts}."
+                )
 
     def choose_attention(self, mesh: Mesh) -> tuple[Kernel, str]:
         """What computes attention on this mesh, and why; InputError if it cannot."""

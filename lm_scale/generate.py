@@ -40,8 +40,8 @@ class Sampling:
 
 
 def unbatched(model: Model) -> Model:
-    """The same model with the batch whole on every device: a prompt is one row."""
-    rules = dataclasses.replace(model.compute.rules, batch=(), seq=())
+    """The same model with nothing cut by rows or tokens: a prompt is one short row."""
+    rules = dataclasses.replace(model.compute.rules, batch=(), seq=(), residual_seq=())
     return build_model(model.config, dataclasses.replace(model.compute, rules=rules))
 
 

@@ -55,6 +55,7 @@ class MeshShape:
 
 FULLY_SHARDED = MeshShape(data=1, fsdp=-1)
 MESH_AXES = tuple(field.name for field in dataclasses.fields(MeshShape))
+_EXPLICIT = (AxisType.Explicit,) * len(MESH_AXES)
 
 
 @dataclass(frozen=True)
@@ -203,8 +204,17 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     sizes = dataclasses.astuple(resolve_mesh_shape(shape, len(devices)))
-    kinds = (AxisType.Explicit,) * len(MESH_AXES)
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=kinds, devices=devices)
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=_EXPLICIT, devices=devices)
+
+
+def abstract_mesh(shape: MeshShape, devices: int) -> AbstractMesh:
+    """The same mesh over as many devices, of which there need be none.
+
+    A program can be traced for it, which checks every sharding, but not compiled.
+    Raises InputError if the shape does not multiply to that number.
+    """
+    sizes = dataclasses.astuple(resolve_mesh_shape(shape, devices))
+    return AbstractMesh(sizes, MESH_AXES, axis_types=_EXPLICIT)
 
 
 def shards(rules: Rules, mesh: Mesh | AbstractMesh, axis: str) -> int:
@@ -299,7 +309,7 @@ def state_axes(axes: Axes) -> Axes:
     return tuple("state_embed" if axis == "embed" else axis for axis in axes)
 
 
-def check_divides(model: nnx.Module, rules: Rules, mesh: Mesh) -> None:
+def check_divides(model: nnx.Module, rules: Rules, mesh: Mesh | AbstractMesh) -> None:
     """InputError naming each weight's dimension that its mesh axes do not divide."""
     for path, weight in declarations(model).items():
         shape, axes = weight.get_value().shape, weight.get_metadata("axes")
@@ -359,7 +369,9 @@ class WeightRow:
     bytes_per_device: int
 
 
-def sharding_table(model: nnx.Module, rules: Rules, mesh: Mesh) -> list[WeightRow]:
+def sharding_table(
+    model: nnx.Module, rules: Rules, mesh: Mesh | AbstractMesh
+) -> list[WeightRow]:
     """Each weight with its shape, its logical and mesh axes and its bytes a device."""
     rows = []
     for path, weight in declarations(model).items():

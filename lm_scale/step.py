@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from lm_scale.losses import IGNORE, Sums, cross_entropy
@@ -89,10 +89,12 @@ def zero_gradient(weight: Array) -> Array:
 
 
 def abstract_state(
-    model: Model, optimizer: optax.GradientTransformation, mesh: Mesh
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | AbstractMesh,
 ) -> TrainState:
     """The state as ShapeDtypeStructs with their shardings: a checkpoint's target."""
-    with jax.set_mesh(mesh):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         state = jax.eval_shape(lambda: init_state(model, optimizer, seed=0))
 
     def rebound(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -284,6 +284,14 @@ def test_good_configs_pass():
             {"mesh": MeshShape(1, context=8), "seq_len": 20},
             "seq_len = 20 .* 8 part.*context.* of 8",
         ),
+        (
+            {
+                "mesh": MeshShape(1, tensor=8),
+                "seq_len": 20,
+                "compute": Compute(rules=PRESETS["fsdp_tp_sp"]),
+            },
+            "seq_len = 20 .* 8 part.*tensor.* of 8",
+        ),
         ({"mesh": MeshShape(data=3)}, "data=3.* 8 device"),
         (
             {

@@ -19,7 +19,7 @@ from lm_scale.models.compute import Compute
 from lm_scale.models.gpt2 import GPT2Config
 from lm_scale.models.llama import LlamaConfig
 from lm_scale.models.roberta import RobertaConfig
-from lm_scale.sharding import MeshShape, make_mesh
+from lm_scale.sharding import PRESETS, MeshShape, make_mesh
 
 SHAPE = {"vocab": 46, "positions": 17, "layers": 2, "embed": 12, "heads": 4, "mlp": 22}
 CONFIGS = {
@@ -108,6 +108,15 @@ def test_eight_devices_write_what_one_writes(temperature, model, greedy):
     with jax.set_mesh(mesh := make_mesh(MeshShape(data=2, fsdp=2, tensor=2))):
         written = generate(model, placed(model, mesh), PROMPT, sampling)
     np.testing.assert_array_equal(written, expected)
+
+
+def test_rules_that_cut_the_sequence_in_training_write_the_same(model, greedy):
+    """A prompt of 5 tokens and a next one: neither can be cut in two."""
+    compute = replace(model.compute, rules=PRESETS["fsdp_tp_sp"])
+    model = build_model(model.config, compute)
+    with jax.set_mesh(mesh := make_mesh(MeshShape(data=2, fsdp=2, tensor=2))):
+        written = generate(model, placed(model, mesh), PROMPT, GREEDY)
+    np.testing.assert_array_equal(written, greedy)
 
 
 def test_after_the_end_there_is_nothing_else(model, greedy):

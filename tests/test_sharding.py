@@ -16,6 +16,7 @@ from lm_scale.sharding import (
     MeshShape,
     Normal,
     Rules,
+    abstract_mesh,
     abstract_params,
     check_divides,
     declarations,
@@ -115,6 +116,25 @@ def test_a_mesh_over_some_devices():
 def test_a_mesh_that_does_not_fit_is_refused(shape, said):
     with pytest.raises(InputError, match=said):
         make_mesh(shape)
+    with pytest.raises(InputError, match=said):
+        abstract_mesh(shape, 8)
+
+
+@pytest.mark.parametrize("name", ["data", "fsdp", "2x2x2"])
+def test_an_abstract_mesh_is_the_type_of_a_mesh(name):
+    mesh, abstract = mesh_of(name), abstract_mesh(SHAPES[name], 8)
+    assert abstract.axis_names == mesh.axis_names
+    assert abstract.axis_sizes == mesh.axis_sizes
+    assert abstract.axis_types == mesh.axis_types
+    table = sharding_table(Tiny(), RULES, mesh)
+    assert sharding_table(Tiny(), RULES, abstract) == table
+
+
+def test_an_abstract_mesh_needs_no_devices():
+    mesh = abstract_mesh(MeshShape(data=2, fsdp=-1, tensor=4), 256)
+    assert mesh.shape["fsdp"] == 32
+    with pytest.raises(InputError, match="`mlp` dimension of 10 cannot be cut into 4"):
+        check_divides(Tiny(), RULES, mesh)
 
 
 # --- The rules ------------------------------------------------------------------------
