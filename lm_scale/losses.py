@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from lm_scale.objectives import IGNORE
 
-Sums = dict[str, Float[Array, ""]]  # "loss", "correct", "count": summed, not divided
+Sums = dict[str, Float[Array, "..."]]  # "loss", "correct", "count": not divided
 
 
 def cross_entropy(
@@ -29,6 +29,22 @@ def cross_entropy(
     divisors near T/chunk makes smaller chunks, and so a slower step. The vocabulary may
     be sharded: no logits are gathered. Positions labelled -100 are left out.
     """
+    sums = chunk_sums(head, hidden, labels, chunk=chunk, accuracy=accuracy)
+    return jax.tree.map(jnp.sum, sums)
+
+
+def chunk_sums(
+    head: Callable[[Float[Array, "B T D"]], Float[Array, "B T V"]],
+    hidden: Float[Array, "B T D"],
+    labels: Int[Array, "B T"],
+    *,
+    chunk: int,
+    accuracy: bool = False,
+) -> Sums:
+    """What `cross_entropy` sums, [B t]: each place of a chunk, summed over the chunks.
+
+    No device needs a word from another for that.
+    """
 
     def of_chunk(hidden, labels) -> Sums:
         logits = head(hidden)
@@ -40,7 +56,7 @@ def cross_entropy(
         right = (
             (jnp.argmax(logits, -1) == labels) if accuracy else jnp.zeros_like(count)
         )
-        return {"loss": loss.sum(), "correct": right.sum(), "count": count.sum()}
+        return {"loss": loss, "correct": right.astype(jnp.float32), "count": count}
 
     length = hidden.shape[1]
     own = jax.typeof(hidden).sharding.shard_shape(hidden.shape)[1]  # of one device
@@ -54,7 +70,7 @@ def cross_entropy(
         return jax.tree.map(jnp.add, sums, jax.checkpoint(of_chunk)(*inputs)), None
 
     parts = (split_sequence(hidden, chunks), split_sequence(labels, chunks))
-    zero = jnp.zeros((), jnp.float32)
+    zero = jnp.zeros_like(parts[1][0], jnp.float32)
     sums, _ = jax.lax.scan(add, {"loss": zero, "correct": zero, "count": zero}, parts)
     return sums
 

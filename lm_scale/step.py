@@ -16,10 +16,10 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
-from lm_scale.losses import IGNORE, Sums, cross_entropy
+from lm_scale.losses import IGNORE, Sums, chunk_sums, cross_entropy
 from lm_scale.models import Model, family_of
 from lm_scale.models.compute import Compute
-from lm_scale.models.layout import gather, shared
+from lm_scale.models.layout import gather, shared, summed
 from lm_scale.models.ring import zigzag_order
 from lm_scale.optim import MatrixAxes
 from lm_scale.sharding import (
@@ -158,8 +158,9 @@ def make_train_step(
             key=key,
         )  # fmt: skip
         head = nnx.merge(graphdef, gather_head(params, compute)).head
-        chunk = compute.loss_chunk
-        return cross_entropy(head, hidden, batch["labels"], chunk=chunk)["loss"]
+        labels, chunk = batch["labels"], compute.loss_chunk
+        losses = chunk_sums(head, hidden, labels, chunk=chunk)["loss"]
+        return jnp.sum(losses), losses
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -169,22 +170,25 @@ def make_train_step(
 
         def gradients(number, part: Batch):
             part_key = jax.random.fold_in(key, number)
-            return jax.value_and_grad(loss_sum)(params, part, part_key)
+            with_losses = jax.value_and_grad(loss_sum, has_aux=True)
+            (_, losses), grads = with_losses(params, part, part_key)
+            return grads, losses
 
         def add_gradients(sums, numbered):
-            return jax.tree.map(jnp.add, sums, gradients(*numbered)), None
+            grads, losses = gradients(*numbered)
+            return jax.tree.map(jnp.add, sums, grads), losses
 
         if accumulate == 1:
-            loss, grads = gradients(0, batch)
+            grads, losses = gradients(0, batch)
         else:
             parts = jax.tree.map(lambda x: split_batch(x, accumulate), batch)
-            zero = (jnp.zeros(()), jax.tree.map(zero_gradient, params))
+            zero = jax.tree.map(zero_gradient, params)
             numbered = (jnp.arange(accumulate), parts)
-            (loss, grads), _ = jax.lax.scan(add_gradients, zero, numbered)
+            grads, losses = jax.lax.scan(add_gradients, zero, numbered)
 
         def reduce(gradient: Array, spec: PartitionSpec) -> Array:
-            summed = jax.reshard(gradient.astype(compute.grad_dtype), spec)
-            return summed.astype(jnp.float32)
+            total = summed(gradient.astype(compute.grad_dtype), spec)
+            return total.astype(jnp.float32)
 
         scale = 1.0 / jnp.maximum(labels, 1.0)
         with jax.named_scope("reduce"):
@@ -196,7 +200,7 @@ def make_train_step(
             specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, state.params)
             new = jax.tree.map(jax.reshard, new, specs)
         metrics = {
-            "loss": loss * scale,
+            "loss": jnp.sum(losses) * scale,
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "labels": labels,

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from lm_scale.models.kernels import cudnn, splash
 from lm_scale.models.layers import dropout
+from lm_scale.models.layout import widen
 from lm_scale.models.ring import ring_attention
 from lm_scale.sharding import Rules, shards
 
@@ -121,7 +122,7 @@ def attention(
     # Each device sees all keys, and has its own queries' part of their gradients.
     parts, gathered = rules.spec("batch", None, heads, None), frozenset(rules.seq)
     whole_seq = PartitionSpec(*parts, reduced=gathered)
-    k, v = jax.reshard(k, whole_seq), jax.reshard(v, whole_seq)
+    k, v = widen(k, whole_seq), widen(v, whole_seq)
     grouped = rules.spec("batch", "seq", heads, None, None)
     q = jnp.reshape(q, (B, T, K, H // K, N), out_sharding=grouped)
     scores = jnp.einsum(

@@ -12,7 +12,6 @@ serve activations, where a matrix is cut over devices (`sum_over`, `from_residua
 import functools
 
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
@@ -26,12 +25,69 @@ def token_axes(rules: Rules) -> frozenset[str]:
     return frozenset(rules.batch + rules.seq)
 
 
+def _cuts(spec: PartitionSpec) -> list[tuple[str, ...]]:
+    """The mesh axes over which each dimension is cut."""
+    parts = [part or () for part in spec.partitions]
+    return [part if isinstance(part, tuple) else (part,) for part in parts]
+
+
 def mesh_axes_of(spec: PartitionSpec) -> frozenset[str]:
     """The mesh axes over which an array with this partition is cut."""
-    parts = (
-        part if isinstance(part, tuple) else (part,) for part in spec.partitions if part
-    )
-    return frozenset(axis for part in parts for axis in part)
+    return frozenset(axis for part in _cuts(spec) for axis in part)
+
+
+def summed(x: Array, spec: PartitionSpec) -> Array:
+    """Partial sums, summed over the devices and cut as `spec` says.
+
+    Where that cuts a dimension anew, each device gets its part of the sum only (a
+    reduce-scatter): left to a reshard, XLA makes the whole sum everywhere, and cuts.
+    """
+    have, mesh = jax.typeof(x).sharding.spec, jax.sharding.get_abstract_mesh()
+    before, after = _cuts(have), _cuts(spec)
+    news = [new[len(old) :] for old, new in zip(before, after, strict=True)]
+    sums = have.unreduced - spec.unreduced
+    rest = sums.difference(*news)
+    kept = all(new[: len(old)] == old for old, new in zip(before, after, strict=True))
+    kept = kept and sums.issuperset(axis for new in news for axis in new)
+    if not kept or all(mesh.shape[axis] == 1 for axis in sums):
+        return jax.reshard(x, spec)  # something to move besides, or nothing to sum
+
+    def on_each_device(x: Array) -> Array:
+        for dim, axes in enumerate(news):
+            if axes:
+                x = jax.lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
+        return jax.lax.psum(x, tuple(axis for axis in mesh.axis_names if axis in rest))
+
+    return jax.shard_map(on_each_device, in_specs=have, out_specs=spec)(x)
+
+
+def widen(
+    x: Array, whole: PartitionSpec, *, dtype: str | None = None, wire: str | None = None
+) -> Array:
+    """`x` gathered to what `whole` says, whose `reduced` axes see different uses of it.
+
+    Its gradient, a partial sum on each device along these, is `summed` back to where
+    `x` is cut. `dtype`: of the result (that of `x`); `wire`: of the gradient meanwhile.
+    """
+    spec, own = jax.typeof(x).sharding.spec, str(x.dtype)
+    back = PartitionSpec(*spec.partitions, unreduced=spec.reduced)
+    return _widen(x, whole, back, own, dtype or own, wire or dtype or own)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4, 5))
+def _widen(x, whole, back, own, dtype, wire):
+    return jax.reshard(x.astype(dtype), whole)
+
+
+def _widen_forward(x, *how):
+    return _widen(x, *how), None
+
+
+def _widen_backward(whole, back, own, dtype, wire, _, gradient):
+    return (summed(gradient.astype(wire), back).astype(own),)
+
+
+_widen.defvjp(_widen_forward, _widen_backward)
 
 
 def shared(weight: Array, rules: Rules) -> Array:
@@ -52,27 +108,9 @@ def gather(weight: Array, compute: Compute, dtype: str | None = None) -> Array:
     """
     dtype = dtype or (compute.dtype if weight.ndim > 1 else "float32")
     spec, tokens = jax.typeof(weight).sharding.spec, token_axes(compute.rules)
-    parts = [part if isinstance(part, tuple) else (part,) for part in spec.partitions]
-    left = [tuple(axis for axis in part if axis not in tokens) for part in parts]
+    left = [tuple(axis for axis in part if axis not in tokens) for part in _cuts(spec)]
     whole = PartitionSpec(*(part or None for part in left), reduced=tokens)
-    back = PartitionSpec(*spec.partitions, unreduced=spec.reduced)
-    return _gather(weight, dtype, whole, back, compute.grad_dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def _gather(weight, dtype, whole, back, grad_dtype):
-    return jax.reshard(weight.astype(dtype), whole)
-
-
-def _gather_forward(weight, dtype, whole, back, grad_dtype):
-    return _gather(weight, dtype, whole, back, grad_dtype), None
-
-
-def _gather_backward(dtype, whole, back, grad_dtype, _, gradient):
-    return (jax.reshard(gradient.astype(grad_dtype), back).astype(jnp.float32),)
-
-
-_gather.defvjp(_gather_forward, _gather_backward)
+    return widen(weight, whole, dtype=dtype, wire=compute.grad_dtype)
 
 
 def spread(weight: Array, x: Array, *dims: int) -> Array:
@@ -103,7 +141,7 @@ def sum_over(axis: str, rules: Rules) -> PartitionSpec:
 
 def to_residual(x: Float[Array, "B T D"], rules: Rules) -> Float[Array, "B T D"]:
     """An activation, laid out as between the sublayers; a partial sum is summed."""
-    whole = jax.reshard(x, rules.spec("batch", "residual_seq", "act_embed"))
+    whole = summed(x, rules.spec("batch", "residual_seq", "act_embed"))
     return checkpoint_name(whole, "residual")
 
 
@@ -119,4 +157,4 @@ def from_residual(
     spec = rules.spec("batch", "seq", "act_embed")
     gathered = frozenset(rules.residual_seq) - frozenset(rules.seq)
     cut = [frozenset(getattr(rules, axis)) for axis in axes]
-    return jax.reshard(x, PartitionSpec(*spec, reduced=gathered.intersection(*cut)))
+    return widen(x, PartitionSpec(*spec, reduced=gathered.intersection(*cut)))
