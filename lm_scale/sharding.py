@@ -33,7 +33,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lm_scale.errors import InputError
@@ -55,6 +57,7 @@ class MeshShape:
 
 FULLY_SHARDED = MeshShape(data=1, fsdp=-1)
 MESH_AXES = tuple(field.name for field in dataclasses.fields(MeshShape))
+_ONE = MeshShape(data=1)
 _EXPLICIT = (AxisType.Explicit,) * len(MESH_AXES)
 
 
@@ -200,11 +203,31 @@ def resolve_mesh_shape(shape: MeshShape, devices: int) -> MeshShape:
 def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over `devices` (default: all), with Explicit axes.
 
-    Raises InputError if the shape does not multiply to the number of devices.
+    Slices of TPUs, which only the slower network of the data centre joins, are spanned
+    by `data` alone. Raises InputError if the shape does not multiply to the number of
+    devices, or if `data` cannot be shared out among the slices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = dataclasses.astuple(resolve_mesh_shape(shape, len(devices)))
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=_EXPLICIT, devices=devices)
+    shape = resolve_mesh_shape(shape, len(devices))
+    sizes = dataclasses.astuple(shape)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(sizes, MESH_AXES, axis_types=_EXPLICIT, devices=devices)
+    if devices[0].platform != "tpu":  # nodes of GPUs: in their order, `data` outermost
+        return Mesh(np.reshape(devices, sizes), MESH_AXES, axis_types=_EXPLICIT)
+    if shape.data % slices:
+        raise InputError(
+            f"The devices are {slices} slices, between which the network is slow: only "
+            f"`data` may span them, so mesh.data = {shape.data} must be a multiple of "
+            f"{slices}."
+        )
+    between = dataclasses.replace(_ONE, data=slices)
+    within = dataclasses.replace(shape, data=shape.data // slices)
+    arranged = create_hybrid_device_mesh(
+        dataclasses.astuple(within), dataclasses.astuple(between), devices,
+        allow_split_physical_axes=True,
+    )  # fmt: skip
+    return Mesh(arranged, MESH_AXES, axis_types=_EXPLICIT)
 
 
 def abstract_mesh(shape: MeshShape, devices: int) -> AbstractMesh:

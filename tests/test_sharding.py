@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental import topologies
 from jax.sharding import AxisType, PartitionSpec
 
 from lm_scale.errors import InputError
@@ -118,6 +119,53 @@ def test_a_mesh_that_does_not_fit_is_refused(shape, said):
         make_mesh(shape)
     with pytest.raises(InputError, match=said):
         abstract_mesh(shape, 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """As much of a device as making a mesh looks at."""
+
+    id: int
+    slice_index: int
+    process_index: int
+    platform: str = "gpu"
+    device_kind: str = "NVIDIA H100"
+    coords: tuple[int, ...] = (0, 0, 0)
+    core_on_chip: int = 0
+
+
+def chips(**kind):
+    """Two nodes, or slices, of four."""
+    return [Chip(i, i // 4, i // 4, coords=(i % 4, 0, 0), **kind) for i in range(8)]
+
+
+def test_slices_are_spanned_by_data_alone():
+    tpus = chips(platform="tpu", device_kind="TPU of tomorrow")
+    mesh = make_mesh(MeshShape(data=4, tensor=2), tpus)
+    assert mesh.axis_types == (AxisType.Explicit,) * len(MESH_AXES)
+    slices = np.vectorize(lambda chip: chip.slice_index)(mesh.devices)
+    # Two of the four replicas are of one slice, and each replica is in one.
+    assert slices.reshape(4, 2).tolist() == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    for shape in (MeshShape(data=1, fsdp=8), MeshShape(data=1, fsdp=4, tensor=2)):
+        with pytest.raises(InputError, match="2 slices.*mesh.data = 1 must be a mult"):
+            make_mesh(shape, tpus)
+
+
+def test_nodes_of_gpus_may_be_spanned_by_all():
+    mesh = make_mesh(MeshShape(data=1, fsdp=8), chips())
+    assert [chip.id for chip in mesh.devices.flat] == list(range(8))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # libtpu's, of variables of a TPU VM
+def test_two_slices_of_real_topology(monkeypatch):
+    pytest.importorskip("libtpu", reason="libtpu, which knows TPUs, is missing")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    slices = topologies.get_topology_desc(
+        platform="tpu", topology_name="v5e:2x2", num_slices=2
+    )
+    mesh = make_mesh(MeshShape(data=2, fsdp=4), slices.devices)
+    for number in range(2):
+        assert {chip.slice_index for chip in mesh.devices[number].flat} == {number}
 
 
 @pytest.mark.parametrize("name", ["data", "fsdp", "2x2x2"])
