@@ -7,7 +7,7 @@ Compiled for 8 simulated devices, where XLA leaves collectives as they were aske
 import functools
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,13 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, NamedSharding
 
-from lm_scale.models import Compute, LlamaConfig, build_model
+from lm_scale.models import (
+    Compute,
+    GPT2Config,
+    LlamaConfig,
+    RobertaConfig,
+    build_model,
+)
 from lm_scale.models.layout import mesh_axes_of
 from lm_scale.optim import AdamW, Schedule, make_optimizer, make_schedule
 from lm_scale.sharding import (
@@ -33,6 +39,8 @@ LLAMA = LlamaConfig(
     vocab=1024, positions=16, layers=3, embed=256, heads=8, kv_heads=8, head_dim=32,
     mlp=688,
 )  # fmt: skip
+SMALL = {"vocab": 64, "positions": 16, "layers": 2, "embed": 32, "heads": 4, "mlp": 48}
+GPT2, ROBERTA = GPT2Config(**SMALL), RobertaConfig(**SMALL)
 ROWS, LENGTH = 32, 16
 BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1}
 
@@ -84,9 +92,8 @@ def traced(model, mesh, *, accumulate=1, rows=ROWS, length=LENGTH):
 
 @functools.cache
 def compiled(
-    rules: str, shape: MeshShape, *, accumulate=1, layers=3, rows=ROWS, **compute
+    rules: str, shape: MeshShape, *, config=LLAMA, accumulate=1, rows=ROWS, **compute
 ):
-    config = LlamaConfig(**{**vars(LLAMA), "layers": layers})
     model, mesh = model_of(rules, config, **compute), make_mesh(shape)
     with jax.set_mesh(mesh):
         step, arguments = traced(model, mesh, accumulate=accumulate, rows=rows)
@@ -97,8 +104,8 @@ def of(rules: str, shape: MeshShape, **options) -> list[Collective]:
     return collectives(compiled(rules, shape, **options).as_text())
 
 
-def weight_bytes(*, blocks: bool = True) -> int:
-    declared = declarations(model_of("dp"))
+def weight_bytes(config=LLAMA, *, blocks: bool = True) -> int:
+    declared = declarations(model_of("dp", config))
     return sum(
         4 * math.prod(weight.get_value().shape)
         for path, weight in declared.items()
@@ -114,13 +121,15 @@ SCALARS = 100  # bytes: sums of labels, of losses and of squares
 # --- Gradients ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
-def test_replicas_speak_once_a_step(accumulate):
+@pytest.mark.parametrize(
+    ("config", "accumulate"), [(LLAMA, 1), (LLAMA, 4), (GPT2, 4), (ROBERTA, 4)]
+)
+def test_replicas_speak_once_a_step(config, accumulate):
     """All gradients, in f32; nothing in the loops over parts, layers and logits."""
-    found = of("dp", MeshShape(8), accumulate=accumulate)
+    found = of("dp", MeshShape(8), config=config, accumulate=accumulate)
     assert [c for c in found if c.loops] == []
     assert {c.kind for c in found} == {"all-reduce"}
-    assert 0 <= sum(c.bytes for c in found) - WEIGHTS <= SCALARS
+    assert 0 <= sum(c.bytes for c in found) - weight_bytes(config) <= SCALARS
     assert max(found, key=lambda c: c.bytes).dtypes == {"f32"}
 
 
@@ -189,8 +198,8 @@ def test_fsdp_gathers_one_block_at_a_time(remat):
     assert BLOCK * 0.9 < sum(c.bytes for c in gathered) <= 2 * BLOCK
     # Six layers more add their shards, but not one block more that is whole.
     small, large = (
-        compiled("fsdp", MeshShape(1, fsdp=8), remat=remat, layers=layers, rows=8)
-        for layers in (3, 9)
+        compiled("fsdp", MeshShape(1, fsdp=8), config=config, remat=remat, rows=8)
+        for config in (LLAMA, replace(LLAMA, layers=LLAMA.layers + 6))
     )
     added = (
         large.memory_analysis().temp_size_in_bytes

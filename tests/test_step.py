@@ -242,10 +242,16 @@ def test_the_loss_is_the_mean_over_the_labels_of_the_whole_batch():
     assert run("gpt2")[0]["loss"][0] == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_remat_changes_neither_loss_nor_gradients(remat):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"remat": "dots"}, {"remat": "attention"}, {"remat": "full"},
+        {"remat": "dots", "offload": True}, {"remat": "attention", "offload": True},
+    ],
+)  # fmt: skip
+def test_remat_changes_neither_loss_nor_gradients(changes):
     results = []
-    for settings in ({}, {"remat": remat}):
+    for settings in ({}, changes):
         made = program("gpt2", gradients=True, **settings)
         with jax.set_mesh(made.mesh):
             state = first_state("gpt2", made)

@@ -18,7 +18,7 @@ class Compute:
     # What the backward pass computes again: nothing; all but the outputs of matrix
     # products with weights; all but those of attention; or all inside a block.
     remat: Literal["none", "dots", "attention", "full"] = "dots"
-    offload: bool = False  # what `remat` keeps waits in the host's memory
+    offload: bool = False  # what `remat` keeps waits in the host's memory (not on CPUs)
     unroll: int = 1  # layers that are compiled as one turn of the loop over layers
     # Of gradients while they are summed over devices.
     grad_dtype: Literal["float32", "bfloat16"] = "float32"

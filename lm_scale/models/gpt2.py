@@ -30,6 +30,7 @@ from lm_scale.models.layers import (
 from lm_scale.models.layout import (
     from_residual,
     gather,
+    shared,
     spread,
     sum_over,
     to_residual,
@@ -237,13 +238,13 @@ class GPT2(nnx.Module):
         x = embed(self.tokens, tokens, self.compute)
         if positions is not None and positions.ndim == 2:
             return x + embed(self.positions, positions, self.compute)
-        rows = gather(self.positions[...], self.compute)
+        rows, rules = gather(self.positions[...], self.compute), self.compute.rules
         if positions is None:
             rows = rows[: tokens.shape[1]]
         else:
-            whole = jax.reshard(positions, self.compute.rules.spec(None))
+            whole = jax.reshard(positions, rules.spec(None))
             rows = rows.at[whole].get(out_sharding=jax.typeof(rows).sharding.spec)
-        rows = jax.reshard(rows, self.compute.rules.spec("residual_seq", None))
+        rows = shared(rows, rules, rules.spec("residual_seq", None))
         return x + spread(rows, x)
 
     def head(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

@@ -90,9 +90,12 @@ def _widen_backward(whole, back, own, dtype, wire, _, gradient):
 _widen.defvjp(_widen_forward, _widen_backward)
 
 
-def shared(weight: Array, rules: Rules) -> Array:
-    """The same weight, where it is cut; its gradient stays a partial sum elsewhere."""
-    spec = jax.typeof(weight).sharding.spec
+def shared(weight: Array, rules: Rules, spec: PartitionSpec | None = None) -> Array:
+    """The same weight, where it is cut; its gradient stays a partial sum elsewhere.
+
+    spec: cut like this, and not as it has been.
+    """
+    spec = jax.typeof(weight).sharding.spec if spec is None else spec
     return jax.reshard(
         weight,
         PartitionSpec(*spec.partitions, reduced=token_axes(rules) - mesh_axes_of(spec)),

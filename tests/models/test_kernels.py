@@ -357,7 +357,7 @@ def test_cudnn_in_the_program_for_a_gpu(monkeypatch):
 # --- For TPUs, of which there need be none --------------------------------------------
 
 
-def lowered_step(topology, monkeypatch):
+def lowered_step(topology, monkeypatch, **settings):
     """The bf16 train step of a tiny Llama for a slice of TPUs, and its kernel."""
     pytest.importorskip("libtpu", reason="libtpu, which compiles for TPUs, is missing")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -371,7 +371,7 @@ def lowered_step(topology, monkeypatch):
     kernel, _ = choose_attention(
         Compute(), config, mesh, length=200, causal=True, segments=False
     )
-    model = build_model(config, Compute(attention=kernel))
+    model = build_model(config, Compute(attention=kernel, **settings))
     schedule = make_schedule(Schedule(), 100)
     optimizer = make_optimizer(AdamW(), schedule, decay_mask(model))
     step = make_train_step(model, optimizer, schedule, seed=0)
@@ -392,6 +392,20 @@ def test_the_step_for_an_old_tpu_has_none(monkeypatch):
     lowered, kernel = lowered_step("v3:2x2", monkeypatch)
     assert kernel == "xla"
     assert "tpu_custom_call" not in lowered.as_text()
+
+
+@pytest.mark.parametrize("remat", ["dots", "attention"])
+def test_what_is_kept_for_the_backward_pass_can_go_to_the_host(remat, monkeypatch):
+    """Both ways: to the host in the forward pass, and back in the other."""
+    placed = [
+        len(re.findall(f'placement = "{place}"|"{place}"', lowered.as_text()))
+        for lowered, _ in (
+            lowered_step("v5e:2x2", monkeypatch, remat=remat, offload=True),
+            lowered_step("v5e:2x2", monkeypatch, remat=remat),
+        )
+        for place in ("pinned_host", "device")
+    ]
+    assert min(placed[:2]) > 0 and placed[2] == 0
 
 
 @pytest.mark.slow
