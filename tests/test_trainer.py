@@ -94,6 +94,29 @@ def test_resume_on_another_mesh_agrees_to_rounding(tmp_path, straight):
     np.testing.assert_allclose(got, want, rtol=2e-4)
 
 
+@pytest.mark.parametrize("make", [causal_run, masked_run])
+def test_a_run_whose_sequences_are_cut(make, tmp_path, capsys):
+    """By ring attention, trained and evaluated, as with whole sequences."""
+    model = make(tmp_path).model
+    off = {name: 0.0 for name in vars(model) if "dropout" in name}
+    model = dataclasses.replace(model, **off)
+    cut, whole = (
+        make(tmp_path, run_dir=str(tmp_path / name), model=model, mesh=mesh, steps=8)
+        for name, mesh in (
+            ("cut", MeshShape(data=2, context=4)), ("whole", MeshShape(data=8))
+        )
+    )  # fmt: skip
+    results = train(cut, Console()).results
+    assert "attention  ring (cpu)" in capsys.readouterr().out
+    expected = train(whole, QUIET).results
+    assert results["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert results["labels"] == expected["labels"]
+    losses = [
+        [line["loss"] for line in lines(run.run_dir, "train")] for run in (cut, whole)
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
 def test_a_finished_run_has_nothing_left_to_do(straight):
     config, outcome, _ = straight
     again = train(config, QUIET)
