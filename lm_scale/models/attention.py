@@ -4,6 +4,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -103,17 +104,17 @@ def attention(
     of_row = mask.key_positions is None  # the keys are those of the queries
     in_order = of_row and mask.positions is None
     both_ways = mask.window is not None and not mask.causal
-    seen = {"causal": mask.causal, "window": mask.window, "rules": rules}
+    how: Any = {"causal": mask.causal, "window": mask.window, "rules": rules}
     if key is not None and dropout_rate > 0.0:
         kernel = "xla"
     if kernel == "ring" and not uncut and of_row and not both_ways:
-        return ring_attention(q, k, v, segments=mask.segments, **seen)
+        return ring_attention(q, k, v, segments=mask.segments, **how)
     if kernel == "splash" and uncut and in_order:
         ids = {"segments": mask.segments, "key_segments": mask.key_segments}
-        return splash(q, k, v, **ids, **seen)
+        return splash(q, k, v, **ids, **how)
     if kernel == "cudnn" and uncut and in_order and not both_ways:
         if mask.segments is None:
-            return cudnn(q, k, v, **seen)
+            return cudnn(q, k, v, **how)
     (B, T, H, N), K = q.shape, k.shape[2]
     if K != H and rules.act_kv_heads != rules.act_heads:
         # Fewer key-value heads than parts: each device takes those of its queries.
