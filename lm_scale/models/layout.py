@@ -95,11 +95,9 @@ def shared(weight: Array, rules: Rules, spec: PartitionSpec | None = None) -> Ar
 
     spec: cut like this, and not as it has been.
     """
-    spec = jax.typeof(weight).sharding.spec if spec is None else spec
-    return jax.reshard(
-        weight,
-        PartitionSpec(*spec.partitions, reduced=token_axes(rules) - mesh_axes_of(spec)),
-    )
+    cut = jax.typeof(weight).sharding.spec if spec is None else spec
+    others = token_axes(rules) - mesh_axes_of(cut)
+    return jax.reshard(weight, PartitionSpec(*cut.partitions, reduced=others))
 
 
 def gather(weight: Array, compute: Compute, dtype: str | None = None) -> Array:
