@@ -75,7 +75,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--grace", type=float, default=10.0, help="seconds from TERM to KILL (10)")
     add("command", nargs="+", help="after --: what to run, lm-scale COMMAND ...")
     options = parser.parse_args(argv)
-    if options.processes < 1 or (options.devices or 1) < 1:
+    if options.processes < 1 or (options.devices is not None and options.devices < 1):
         parser.error("expected 1 or more processes and devices")
     return options
 
@@ -164,7 +164,9 @@ def failure(children: list[subprocess.Popen]) -> int | None:
     for index, child in enumerate(children):
         status = child.poll()
         if status:
-            cause = f"was killed by signal {-status}" if status < 0 else f"has {status}"
+            cause = f"ended with {status}"
+            if status < 0:
+                cause = f"was killed by signal {-status}"
             print(f"launch/local.py: process {index} {cause}", file=sys.stderr)
             return status if status > 0 else 128 - status
     return None

@@ -37,7 +37,8 @@ usage: lm-scale COMMAND ...
   train CONFIG [--field value ...]      train, or go on with, the run of a config file
   tokenizer --out FOLDER --corpus.source TEXT ...   train a tokenizer
   tokenizer CONFIG [--field value ...]  make the run's tokenizer
-  rules [NAME|FILE ...]                 the rules that cut weights and activations
+  rules [NAME|FILE ...]                 the rules that cut weights and activations;
+                                        choose by train CONFIG --rules NAME|FILE
   config NAME --out FOLDER [key=value ...]          write a model's config.json
   prepare CONFIG [--field value ...]    make the run's tokenizer and token stores
   eval RUN_DIR                          loss on the held-out split
@@ -136,11 +137,12 @@ def explain(error: BaseException) -> tuple[int, str | None]:
 
 def end_others(error: BaseException, name: str, status: int, text: str | None) -> None:
     """Does not return if this is one process of several: all of them end."""
-    from lm_scale import distributed
-
-    if distributed.count() == 1:
+    distributed: Any = sys.modules.get("lm_scale.distributed")  # None: not even begun
+    if not hasattr(distributed, "count") or distributed.count() == 1:
         return
-    if text is None:
+    if isinstance(error, SystemExit):
+        text = f"ended with status {status}; what it said is above."
+    elif text is None:
         traceback.print_exception(error)
         text = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         if isinstance(error, RuntimeError):  # such as jax's
@@ -214,8 +216,11 @@ def prepare(argv: list[str]) -> int:
         return 0
     from rich.console import Console
 
+    from lm_scale.distributed import agree
+    from lm_scale.run_json import settings
     from lm_scale.runs import prepare_data
 
+    agree(settings(config))
     prepare_data(config, Console())
     return 0
 

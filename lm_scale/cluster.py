@@ -15,7 +15,7 @@ LIMITS = {"start_timeout": 300, "peer_timeout": 100}  # s
 PREFIX = "LM_SCALE_"  # of the environment variable that stands for a flag
 
 FLAGS_HELP = """\
-several processes, each started with the same command (not for config, tokenizer):
+several processes, all started with the same command (not config, rules, tokenizer):
   --coordinator HOST:PORT  where process 0 listens; HOST is its machine's name
   --process_id I           which one this is: 0 to N-1
   --num_processes N
@@ -148,7 +148,8 @@ def detect(env: Mapping[str, str], *, tpu: bool) -> str | None:
 
 
 def _count(env: Mapping[str, str], name: str) -> int:
-    return int(env.get(name, "1"))
+    text = env.get(name, "")
+    return int(text) if text.isdecimal() else 1
 
 
 def tpu_metadata(name: str, seconds: float = 3.0) -> str:

@@ -67,7 +67,8 @@ class RunConfig:
     resume_from: str | None = None  # run to go on from, if run_dir holds none yet
     mesh: MeshShape = MeshShape()
     compute: Compute = Compute()
-    simulated_devices: int = 0  # CPU devices to simulate if there is no accelerator
+    # CPU devices to simulate if there is no accelerator; JAX_NUM_CPU_DEVICES overrides.
+    simulated_devices: int = 0
     log_every: int = 10  # steps between lines in the logs
     log_first: bool = False  # a line for the first step too
     # Who gets the metrics, besides metrics.jsonl.
@@ -238,7 +239,7 @@ def load_rules(name: str) -> Rules:
 
 
 def _with_rules(config: RunConfig, overrides: list[str]) -> tuple[RunConfig, list[str]]:
-    """Takes `--rules NAME` out of the overrides; single rules may follow it."""
+    """Takes `--rules NAME` out of the overrides, of which single rules go before it."""
     left = []
     rest = iter(overrides)
     for word in rest:

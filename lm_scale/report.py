@@ -23,7 +23,7 @@ def rules_table(rules: Mapping[str, Rules]) -> Table:
     names = [Column(name, no_wrap=True) for name in ("logical axis", *rules)]
     table = Table(*names, box=None, padding=(0, 1, 0, 0))
     for axis in LOGICAL_AXES:
-        cells = [" ".join(getattr(table, axis)) or "-" for table in rules.values()]
+        cells = [" ".join(getattr(chosen, axis)) or "-" for chosen in rules.values()]
         table.add_row(axis, *cells)
     return table
 

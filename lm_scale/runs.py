@@ -207,7 +207,10 @@ def open_source(config: RunConfig, tokenizer, mesh: Mesh, part: Part) -> Source:
         special_ids=vocabulary_of(tokenizer).special_ids,
         pad_to_seq_len=data.pad_to_seq_len,
         # Twice the parts of a sequence: ring attention has two chunks in each.
-        multiple=math.lcm(PAD_MULTIPLE, 2 * shards(config.compute.rules, mesh, "seq")),
+        multiple=math.lcm(
+            PAD_MULTIPLE, 2 * shards(config.compute.rules, mesh, "seq"),
+            shards(config.compute.rules, mesh, "residual_seq"),
+        ),
     )  # fmt: skip
 
 

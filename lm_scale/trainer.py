@@ -60,7 +60,7 @@ def train(
     console: Console | None = None,
     *,
     hub_token: str | None = None,
-    ready: tuple[Mesh, Model] | None = None,
+    made: tuple[Mesh, Model] | None = None,
 ) -> Outcome:
     """Trains as `config` says; goes on where a former call in its run_dir stopped.
 
@@ -68,12 +68,12 @@ def train(
     `metrics.jsonl`, TensorBoard's files and, at the end, `eval_results.json` and the
     model as Hugging Face knows it: `config.json`, weights and tokenizer.
     Raises InputError, before any long work, for whatever the config has wrong.
-    `hub_token` may write to `config.hub` (None: the one that is logged in). `ready` is
+    `hub_token` may write to `config.hub` (None: the one that is logged in). `made` is
     what `set_up(config)` gave, where it was called before.
     """
     console = console or Console()
     # 1. Check what can be checked without text.
-    mesh, model = ready or set_up(config)
+    mesh, model = made or set_up(config)
     rules = config.compute.rules
     distributed.on_first(lambda: check_run_dir(config))
     for folder in (config.run_dir, config.store_dir):
@@ -152,11 +152,14 @@ def train(
                 metrics.log_eval(step, results)
 
         # 5. What was learnt, and where it is.
+        hf.export(config.model, state.params, tokenizer, config.run_dir)
         if results and held_out is not None and distributed.index() == 0:
             results["unigram_loss"] = unigram_loss(
                 batches.source.store, held_out, config.model.vocab
             )
-        conclude(config, model, state.params, tokenizer, results, console)
+        sample = sample_text(config, model, state.params, tokenizer)
+        if distributed.index() == 0:
+            report(config, results, sample, console)
         if uploads is not None:
             uploads.finish(f"Step {step}, the end")
     return Outcome(step, True, False, results)
@@ -166,16 +169,16 @@ def evaluate_only(
     config: RunConfig,
     console: Console | None = None,
     *,
-    ready: tuple[Mesh, Model] | None = None,
+    made: tuple[Mesh, Model] | None = None,
 ) -> dict[str, float]:
     """The held-out loss of the weights of `init_from`; trains nothing.
 
     If that is None, of the newest checkpoint in run_dir; InputError if there is none,
     or if the run there has another model or other text. Writes `eval_results.json`.
-    `ready` as in `train`.
+    `made` as in `train`.
     """
     console = console or Console()
-    mesh, model = ready or set_up(config)
+    mesh, model = made or set_up(config)
     own = config.init_from is None
     distributed.on_first(lambda: check_run_dir(config, free=FREE + TRAINING))
     if own and not has_checkpoints(config.run_dir):
@@ -298,21 +301,6 @@ def start_uploads(
     uploads = HubUploads(folder, config.hub, token=token, console_print=metrics.print)
     uploads.create()
     return uploads
-
-
-def conclude(
-    config: RunConfig,
-    model: Model,
-    params: Params,
-    tokenizer,
-    results: dict[str, float],
-    console: Console,
-) -> None:
-    """Exports the model, and tells what it has learnt and where everything is."""
-    hf.export(config.model, params, tokenizer, config.run_dir)
-    sample = sample_text(config, model, params, tokenizer)
-    if distributed.index() == 0:
-        report(config, results, sample, console)
 
 
 def sample_text(

@@ -31,6 +31,7 @@ from lm_scale.sharding import (
     PRESETS,
     MeshShape,
     Params,
+    Rules,
     flatten,
     init_params,
     make_mesh,
@@ -44,33 +45,37 @@ RATES = ("embed_dropout", "attention_dropout", "residual_dropout")
 FAMILIES: dict[str, ModelConfig] = {
     "gpt2": GPT2Config(**SHAPE, **dict.fromkeys(RATES, 0.0)),
     "roberta": RobertaConfig(**SHAPE, dropout=0.0, attention_dropout=0.0),
-    # Two heads share a key, but where the mesh has more parts than that.
-    "llama": LlamaConfig(kind="qwen3", **SHAPE, kv_heads=8, qk_norm=True),
+    "llama": LlamaConfig(kind="qwen3", **SHAPE, kv_heads=2, qk_norm=True),
 }
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A mesh, the rules by name, and what computes attention there."""
+    """A mesh, the rules, and what computes attention there."""
 
     mesh: MeshShape
-    rules: str = "fsdp_tp"
+    rules: Rules = PRESETS["fsdp_tp"]
     attention: str = "xla"
 
 
 ONE = Layout(MeshShape(data=1))
+LONG = PRESETS["context"]
+# Where there are fewer key-value heads than parts, each has all of them.
+FEW_KV = dataclasses.replace(PRESETS["fsdp_tp"], kv_heads=(), act_kv_heads=())
 LAYOUTS = {
-    "data=8": Layout(MeshShape(data=8), "dp"),
-    "fsdp=8": Layout(MeshShape(1, fsdp=8), "fsdp"),
-    "tensor=8": Layout(MeshShape(1, tensor=8)),
+    "data=8": Layout(MeshShape(data=8), PRESETS["dp"]),
+    "fsdp=8": Layout(MeshShape(1, fsdp=8), PRESETS["fsdp"]),
+    "tensor=8": Layout(MeshShape(1, tensor=8), FEW_KV),
     "data=2 fsdp=2 tensor=2": Layout(MeshShape(2, fsdp=2, tensor=2)),
-    "fsdp=4 context=2": Layout(MeshShape(1, fsdp=4, context=2), "context", "ring"),
-    "context=8": Layout(MeshShape(1, context=8), "context", "ring"),
+    "fsdp=4 context=2": Layout(MeshShape(1, fsdp=4, context=2), LONG, "ring"),
+    "context=8": Layout(MeshShape(1, context=8), LONG, "ring"),
 }
 MORE_LAYOUTS = {
-    "data=8, zero1": Layout(MeshShape(8), "zero1"),
-    "fsdp=4 tensor=2, fsdp_tp_sp": Layout(MeshShape(1, 4, tensor=2), "fsdp_tp_sp"),
-    "data=2 context=4, gathered": Layout(MeshShape(2, context=4), "context"),
+    "data=8, zero1": Layout(MeshShape(8), PRESETS["zero1"]),
+    "fsdp=4 tensor=2, fsdp_tp_sp": Layout(
+        MeshShape(1, 4, tensor=2), PRESETS["fsdp_tp_sp"]
+    ),
+    "data=2 context=4, gathered": Layout(MeshShape(2, context=4), LONG),
 }
 VARIANTS = tuple(itertools.product((1, 4), (1, LAYERS)))  # accumulate, unroll
 TWO_PROCESSES = LAYOUTS["data=2 fsdp=2 tensor=2"]
@@ -97,7 +102,7 @@ def train(
     """Losses [steps], and the weights after them by path."""
     compute = Compute(
         dtype=dtype, remat="dots", attention=layout.attention, unroll=unroll,
-        loss_chunk=5, rules=PRESETS[layout.rules],
+        loss_chunk=5, rules=layout.rules,
     )  # fmt: skip
     model = build_model(FAMILIES[family], compute)
     schedule = make_schedule(Schedule(peak=1e-2, warmup=3), 20)

@@ -131,6 +131,7 @@ def answers(monkeypatch, **metadata: str) -> None:
         ({}, False, None),
         (SLURM, False, "Slurm"),
         (SLURM | {"SLURM_NTASKS": "1"}, False, None),
+        (SLURM | {"SLURM_NTASKS": ""}, False, None),
         # In an allocation, but not started by srun: a notebook, a login shell.
         ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}, False, None),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, False, "Open MPI"),

@@ -45,7 +45,7 @@ def test_the_status_of_the_one_that_failed_and_no_orphan(tmp_path):
     """
     done = run("sh", "-c", script, options=("--grace", "0.2"))
     assert done.returncode == 7
-    assert "process 1 has 7" in done.stderr
+    assert "process 1 ended with 7" in done.stderr
     assert not any(alive(int(pid)) for pid in (tmp_path / "pids").read_text().split())
 
 
@@ -92,6 +92,7 @@ def test_mistakes():
     assert run("./no-such-command").returncode == 1
     assert "cannot start ./no-such-command" in run("./no-such-command").stderr
     assert run("true", options=("-n", "0")).returncode == 2
+    assert run("true", options=("--devices", "0")).returncode == 2
 
 
 def test_this_checkout_serves_where_nothing_is_installed(monkeypatch):

@@ -224,6 +224,14 @@ def test_processes_that_differ_say_in_what_and_end(tmp_path):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_wrong_usage_is_said_without_a_traceback(tmp_path):
+    path, _ = config_file(tmp_path)
+    process = launch("-m", "lm_scale", "train", path, "--sede", "3")
+    shown, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "--seed" in shown and "Traceback" not in shown, shown
+
+
 def read_until(process: subprocess.Popen, text: str) -> list[str]:
     lines: list[str] = []
     assert process.stdout is not None

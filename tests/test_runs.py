@@ -4,6 +4,7 @@
 import dataclasses
 from pathlib import Path
 
+import jax
 import pytest
 from rich.console import Console
 from tiny import masked_run
@@ -11,8 +12,9 @@ from tiny import masked_run
 from lm_scale.data.examples import Blocks, Documents
 from lm_scale.data.prepare import Most
 from lm_scale.data.store import read_manifest
+from lm_scale.models import Compute
 from lm_scale.runs import most, open_eval, open_source, open_train, prepare_data
-from lm_scale.sharding import MeshShape, make_mesh
+from lm_scale.sharding import PRESETS, MeshShape, make_mesh
 
 QUIET = Console(quiet=True)
 
@@ -51,6 +53,12 @@ def test_kinds_of_examples_and_their_limits(prepared):
     assert isinstance(train, Documents) and len(train) == 7
     assert len(open_source(lines, tokenizer, mesh, "validation")) == 5
     assert train.fixed_width is None and train.multiple == 16
+    # Cut in three between the sublayers, whatever the width of a batch.
+    compute = Compute(rules=PRESETS["fsdp_tp_sp"])
+    mesh_of_6 = make_mesh(MeshShape(data=2, tensor=3), jax.devices()[:6])
+    cut = dataclasses.replace(lines, compute=compute)
+    cut = open_source(cut, tokenizer, mesh_of_6, "train")
+    assert isinstance(cut, Documents) and cut.multiple == 48
     full = dataclasses.replace(
         lines, data=dataclasses.replace(data, pad_to_seq_len=True)
     )

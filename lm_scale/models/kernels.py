@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
@@ -227,13 +228,15 @@ def cudnn(
     """`attention.attention` by cuDNN's kernel, forward and backward.
 
     For bf16, whole sequences, no segments; a window in causal attention only.
+    Under remat `attention` its result is kept, but the kernel runs again for the sums
+    of the softmax, which it does not give away.
     """
     attend = functools.partial(
         jax.nn.dot_product_attention,
         is_causal=causal, implementation="cudnn",
         local_window_size=None if window is None else (window - 1, 0),
     )  # fmt: skip
-    return _on_each_device(attend, q, k, v, rules=rules)
+    return checkpoint_name(_on_each_device(attend, q, k, v, rules=rules), "attention")
 
 
 def _on_each_device(

@@ -50,7 +50,7 @@ def run(flags: Flags, console: Console) -> int:
     if only_evaluates(training):
         check_results(config)
         on_first(lambda: renew(config, flags))
-        evaluate_only(config, console, ready=mesh_and_model)
+        evaluate_only(config, console, made=mesh_and_model)
         return 0
 
     def make_room() -> None:
@@ -59,7 +59,7 @@ def run(flags: Flags, console: Console) -> int:
         renew(config, flags)
 
     on_first(make_room)
-    outcome = train(config, console, hub_token=training.hub_token, ready=mesh_and_model)
+    outcome = train(config, console, hub_token=training.hub_token, made=mesh_and_model)
     return 75 if outcome.interrupted else 0
 
 
