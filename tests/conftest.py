@@ -2,14 +2,19 @@
 """Eight simulated CPU devices for every test, and a compilation cache."""
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 # Before jax is imported: see lm_scale/__main__.py.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an installed libtpu would be tried
 os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
-# Half the time goes into compiling; LLVM need not polish what runs a few steps.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Most of the time goes into compiling; LLVM need not polish what runs a few steps, and
+# jaxlib 0.10's fusions need not take the longer of its two ways (later ones have one).
+FLAGS = "--xla_backend_optimization_level=0"
+if version("jaxlib").startswith("0.10."):
+    FLAGS += " --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("XLA_FLAGS", FLAGS)
 CACHE = Path(__file__).parent.parent / ".cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
