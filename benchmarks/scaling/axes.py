@@ -83,7 +83,9 @@ STEPS = {  # Explicit axes?, the type in which ours sums gradients, XLA's option
 
 def parts(config, compute: Compute, mesh, accumulate: int):
     """The model, its optimizer and our train step."""
-    kernel, _ = choose_attention(compute, config, mesh, segments=False)
+    kernel, _ = choose_attention(
+        compute, config, mesh, length=LENGTH, causal=True, segments=False
+    )
     model = build_model(config, dataclasses.replace(compute, attention=kernel))
     schedule = make_schedule(Schedule(warmup=0), 100)
     optimizer = make_optimizer(AdamW(clip=1.0), schedule, decay_mask(model))
