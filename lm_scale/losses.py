@@ -70,8 +70,11 @@ def chunk_sums(
         return jax.tree.map(jnp.add, sums, jax.checkpoint(of_chunk)(*inputs)), None
 
     parts = (split_sequence(hidden, chunks), split_sequence(labels, chunks))
-    zero = jnp.zeros_like(parts[1][0], jnp.float32)
-    sums, _ = jax.lax.scan(add, {"loss": zero, "correct": zero, "count": zero}, parts)
+    zero = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding.spec),
+        jax.eval_shape(of_chunk, *(part[0] for part in parts)),
+    )
+    sums, _ = jax.lax.scan(add, zero, parts)
     return sums
 
 
