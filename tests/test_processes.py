@@ -114,7 +114,7 @@ def together(alone, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("together")
     path, config = config_file(folder)
     shown = finished(launch("-m", "lm_scale", "train", path))
-    assert "[0] devices  8 × cpu, mesh data=8" in shown
+    assert "[0] devices    8 × cpu, mesh data=8" in shown
     assert "held-out loss" in shown
     errors = [line for line in shown.splitlines() if line.startswith("[1] ")]
     assert not [line for line in errors if "Gloo" not in line], errors
