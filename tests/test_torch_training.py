@@ -99,7 +99,7 @@ def ours(config, first, batches, settings, accumulate) -> Run:
     mesh, run = make_mesh(MeshShape(data=8)), Run([], [], [], {})
     with jax.set_mesh(mesh):
         params = parity.placed(model, first, mesh)
-        state = jax.jit(lambda params: start_state(params, optimizer))(params)
+        state = jax.jit(lambda params: start_state(model, optimizer, params))(params)
         rules = model.compute.rules
         for batch in device_batches(batches, mesh, rules, start=0, stop=STEPS):
             state, metrics = step(state, batch)
