@@ -239,7 +239,7 @@ def compare(config, store, settings, *, accumulate=1) -> Run:
     reference = theirs(config, first, batches, settings)
     run = ours(config, first, batches, settings, accumulate)
     assert len(run.loss) == STEPS
-    np.testing.assert_allclose(run.rate, reference.rate, rtol=1e-6)
+    np.testing.assert_allclose(run.rate, reference.rate, rtol=4e-6)
     np.testing.assert_allclose(run.loss, reference.loss, rtol=LOSS)
     np.testing.assert_allclose(run.norm, reference.norm, rtol=NORM)
     assert reference.loss[-1] < reference.loss[0] - 1.5  # it did learn
