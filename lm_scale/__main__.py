@@ -107,16 +107,17 @@ def run(command: str, argv: list[str], script: str | None) -> int:
     """One command, on all the processes that it was started on."""
     if command in ALONE:
         return COMMANDS[command](argv)
-    from lm_scale import distributed
+    from lm_scale.connect import connect
+    from lm_scale.distributed import finish
 
-    argv = distributed.connect(command, argv)
+    argv = connect(command, argv)
     if command in ("mlm", "clm"):
         from lm_scale.scripts.main import main
 
         status = main(command, argv, script=script)
     else:
         status = COMMANDS[command](argv)
-    distributed.finish()
+    finish()
     return status
 
 

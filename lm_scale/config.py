@@ -14,7 +14,7 @@ import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from jax.sharding import AbstractMesh, Mesh
 
@@ -26,6 +26,8 @@ from lm_scale.models.kernels import Kernel, choose_attention
 from lm_scale.objectives import CausalLM, MaskedLM, Objective
 from lm_scale.optim import AdamW, Optimizer, Schedule
 from lm_scale.sharding import PRESETS, MeshShape, Rules, shards
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -210,9 +212,7 @@ def load_config(path: str, overrides: list[str], *, prog: str) -> RunConfig:
             f"There is no config file {path!r}. A config is a Python file that sets "
             f"`config = RunConfig(...)`; see the folder `configs`."
         )
-    config = _run_file(path).get("config")
-    if not isinstance(config, RunConfig):
-        raise InputError(f"{path} sets no variable `config` that is a RunConfig.")
+    config = _variable_of(path, "config", RunConfig)
     check_types(config)
     config, overrides = _with_rules(config, overrides)
     kind = tyro.conf.AvoidSubcommands[RunConfig]  # keeps the file's choice of model
@@ -231,9 +231,7 @@ def load_rules(name: str) -> Rules:
             f"rules {name!r}: expected one of {', '.join(PRESETS)}, or a Python file "
             f"that sets `rules = Rules(...)`."
         )
-    rules = _run_file(name).get("rules")
-    if not isinstance(rules, Rules):
-        raise InputError(f"{name} sets no variable `rules` that is a Rules.")
+    rules = _variable_of(name, "rules", Rules)
     check_types(rules, "rules.")
     return rules
 
@@ -253,11 +251,11 @@ def _with_rules(config: RunConfig, overrides: list[str]) -> tuple[RunConfig, lis
     return config, left
 
 
-def _run_file(path: str) -> dict[str, Any]:
-    """The variables that a Python file sets; InputError if it fails."""
+def _variable_of(path: str, name: str, kind: type[T]) -> T:
+    """A variable that a Python file sets; InputError if the file fails, or has none."""
     sys.path.insert(0, str(Path(path).resolve().parent))  # it may import another
     try:
-        return runpy.run_path(path)
+        value = runpy.run_path(path).get(name)
     except InputError:
         raise
     except (Exception, SystemExit) as error:
@@ -267,6 +265,9 @@ def _run_file(path: str) -> dict[str, Any]:
         ) from error
     finally:
         sys.path.pop(0)
+    if not isinstance(value, kind):
+        raise InputError(f"{path} sets no variable `{name}` that is a {kind.__name__}.")
+    return value
 
 
 def check_types(config: Any, prefix: str = "") -> None:

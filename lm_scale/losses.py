@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from lm_scale.objectives import IGNORE
 
-Sums = dict[str, Float[Array, "..."]]  # "loss", "correct", "count": not divided
+Sums = dict[str, Float[Array, "..."]]  # "loss", "correct", "count"
 
 
 def cross_entropy(
@@ -21,29 +21,17 @@ def cross_entropy(
     chunk: int,
     accuracy: bool = False,
 ) -> Sums:
-    """Summed token loss (nats), number of labels and, if asked for, of right guesses.
+    """Token losses (nats), numbers of labels and, if asked for, of right guesses.
+
+    Each is [B t], with t <= `chunk`, and still to be summed: over the chunks of a
+    sequence they are added up place by place, so that no device needs a word from
+    another.
 
     `head` turns hidden states into f32 logits; it runs on at most `chunk` positions of
     each sequence at a time (or one of each device that holds a part of it), and again
     in the backward pass, so that logits take chunk/T of the memory. A T without
     divisors near T/chunk makes smaller chunks, and so a slower step. The vocabulary may
     be sharded: no logits are gathered. Positions labelled -100 are left out.
-    """
-    sums = chunk_sums(head, hidden, labels, chunk=chunk, accuracy=accuracy)
-    return jax.tree.map(jnp.sum, sums)
-
-
-def chunk_sums(
-    head: Callable[[Float[Array, "B T D"]], Float[Array, "B T V"]],
-    hidden: Float[Array, "B T D"],
-    labels: Int[Array, "B T"],
-    *,
-    chunk: int,
-    accuracy: bool = False,
-) -> Sums:
-    """What `cross_entropy` sums, [B t]: each place of a chunk, summed over the chunks.
-
-    No device needs a word from another for that.
     """
 
     def of_chunk(hidden, labels) -> Sums:

@@ -16,6 +16,7 @@ from rich.console import Console
 from lm_scale import distributed
 from lm_scale.checkpoint import Checkpoints, has_checkpoints
 from lm_scale.config import RunConfig
+from lm_scale.connect import check_devices, open_connections
 from lm_scale.console import say
 from lm_scale.data.corpus import Part, documents
 from lm_scale.data.examples import Blocks, Documents, Source
@@ -228,7 +229,7 @@ class OpenRun:
 def open_run(run_dir: str) -> OpenRun:
     """Loads a run onto the devices there are, in its own mesh if that fits them."""
     config = read_run(run_dir)
-    distributed.check_devices(settings(config))
+    check_devices(settings(config))
     # What a run was told to use may not run here.
     compute = dataclasses.replace(config.compute, attention="auto")
     config = dataclasses.replace(config, compute=compute)
@@ -242,7 +243,7 @@ def open_run(run_dir: str) -> OpenRun:
     check_divides(model, config.compute.rules, mesh)
     if not has_checkpoints(run_dir):
         raise InputError(f"{run_dir} has no checkpoints yet. Train it first.")
-    distributed.open_connections(mesh)
+    open_connections(mesh)
     tokenizer = load_tokenizer(Path(config.store_dir) / "tokenizer")
     with Checkpoints(run_dir) as saved:
         target = abstract_params(model, config.compute.rules, mesh)

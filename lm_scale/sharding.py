@@ -336,13 +336,9 @@ def check_divides(model: nnx.Module, rules: Rules, mesh: Mesh | AbstractMesh) ->
     """InputError naming each weight's dimension that its mesh axes do not divide."""
     for path, weight in declarations(model).items():
         shape, axes = weight.get_value().shape, weight.get_metadata("axes")
-        rules.spec(*axes)  # unknown or colliding axes
-        rules.spec(*state_axes(axes))
-        both = [
-            *zip(shape, axes, strict=True),
-            *zip(shape, state_axes(axes), strict=True),
-        ]
-        for size, axis in both:
+        for names in (axes, state_axes(axes)):
+            rules.spec(*names)  # unknown or colliding axes
+        for size, axis in zip(shape * 2, axes + state_axes(axes), strict=True):
             parts = shards(rules, mesh, axis) if axis else 1
             if size % parts:
                 raise InputError(

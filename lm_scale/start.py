@@ -11,9 +11,9 @@ from rich.console import Console
 from lm_scale import hf
 from lm_scale.checkpoint import Checkpoints
 from lm_scale.config import RunConfig
+from lm_scale.connect import check_devices, open_connections
 from lm_scale.console import say
 from lm_scale.data.loader import TrainBatches
-from lm_scale.distributed import check_devices, open_connections
 from lm_scale.errors import InputError, differences
 from lm_scale.metrics import check_reporters
 from lm_scale.models import Model, build_model

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
-from lm_scale.losses import IGNORE, Sums, chunk_sums, cross_entropy
+from lm_scale.losses import IGNORE, Sums, cross_entropy
 from lm_scale.models import Model, family_of
 from lm_scale.models.compute import Compute
 from lm_scale.models.layout import gather, shared, summed
@@ -151,45 +151,37 @@ def make_train_step(
     state_specs = optimizer_specs(model)
 
     def loss_sum(params: Params, batch: Batch, key: Key[Array, ""]):
-        model = nnx.merge(graphdef, params)
-        batch, positions = lay_out(model, batch)
-        hidden = model(
-            batch["tokens"], positions=positions, segments=batch.get("segments"),
-            key=key,
-        )  # fmt: skip
-        head = nnx.merge(graphdef, gather_head(params, compute)).head
-        labels, chunk = batch["labels"], compute.loss_chunk
-        losses = chunk_sums(head, hidden, labels, chunk=chunk)["loss"]
+        hidden, head, labels = apply(graphdef, params, batch, key)
+        losses = cross_entropy(head, hidden, labels, chunk=compute.loss_chunk)["loss"]
         return jnp.sum(losses), losses
+
+    def gradients(params: Params, batch: Batch, key: Key[Array, ""]):
+        """Summed over the tokens of each device, and the losses, of the whole batch."""
+
+        def of_part(number, part: Batch):
+            part_key = jax.random.fold_in(key, number)
+            return jax.grad(loss_sum, has_aux=True)(params, part, part_key)
+
+        def add(sums: Params, numbered):
+            grads, losses = of_part(*numbered)
+            return jax.tree.map(jnp.add, sums, grads), losses
+
+        if accumulate == 1:
+            return of_part(0, batch)
+        parts = jax.tree.map(lambda x: split_batch(x, accumulate), batch)
+        zero = jax.tree.map(zero_gradient, params)
+        return jax.lax.scan(add, zero, (jnp.arange(accumulate), parts))
+
+    def reduce(gradient: Array, spec: PartitionSpec) -> Array:
+        total = summed(gradient.astype(compute.grad_dtype), spec)
+        return total.astype(jnp.float32)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         labels = jnp.sum(batch["labels"] != IGNORE).astype(jnp.float32)
         # Gradients of these stay partial sums on each device until `reduce`.
         params = jax.tree.map(lambda x: shared(x, compute.rules), state.params)
-
-        def gradients(number, part: Batch):
-            part_key = jax.random.fold_in(key, number)
-            with_losses = jax.value_and_grad(loss_sum, has_aux=True)
-            (_, losses), grads = with_losses(params, part, part_key)
-            return grads, losses
-
-        def add_gradients(sums, numbered):
-            grads, losses = gradients(*numbered)
-            return jax.tree.map(jnp.add, sums, grads), losses
-
-        if accumulate == 1:
-            grads, losses = gradients(0, batch)
-        else:
-            parts = jax.tree.map(lambda x: split_batch(x, accumulate), batch)
-            zero = jax.tree.map(zero_gradient, params)
-            numbered = (jnp.arange(accumulate), parts)
-            grads, losses = jax.lax.scan(add_gradients, zero, numbered)
-
-        def reduce(gradient: Array, spec: PartitionSpec) -> Array:
-            total = summed(gradient.astype(compute.grad_dtype), spec)
-            return total.astype(jnp.float32)
-
+        grads, losses = gradients(params, batch, key)
         scale = 1.0 / jnp.maximum(labels, 1.0)
         with jax.named_scope("reduce"):
             grads = jax.tree.map(lambda g, s: reduce(g, s) * scale, grads, state_specs)
@@ -197,8 +189,10 @@ def make_train_step(
             old = jax.tree.map(jax.reshard, state.params, state_specs)
             updates, opt_state = optimizer.update(grads, state.opt_state, old)
             new = cast(Params, optax.apply_updates(old, updates))
-            specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, state.params)
-            new = jax.tree.map(jax.reshard, new, specs)
+            new = jax.tree.map(
+                lambda x, was: jax.reshard(x, jax.typeof(was).sharding.spec),
+                new, state.params,
+            )  # fmt: skip
         metrics = {
             "loss": jnp.sum(losses) * scale,
             "grad_norm": optax.tree.norm(grads),
@@ -212,19 +206,33 @@ def make_train_step(
 
 def make_eval_step(model: Model) -> Callable[[Params, Batch], Sums]:
     """The jitted evaluation step: summed loss, right guesses and number of labels."""
-    graphdef = nnx.split(model)[0]
-    chunk = model.compute.loss_chunk
+    graphdef, chunk = nnx.split(model)[0], model.compute.loss_chunk
 
     def eval_step(params: Params, batch: Batch) -> Sums:
-        model = nnx.merge(graphdef, params)
-        batch, positions = lay_out(model, batch)
-        hidden = model(
-            batch["tokens"], positions=positions, segments=batch.get("segments")
-        )
-        labels = batch["labels"]
-        return cross_entropy(model.head, hidden, labels, chunk=chunk, accuracy=True)
+        hidden, head, labels = apply(graphdef, params, batch)
+        sums = cross_entropy(head, hidden, labels, chunk=chunk, accuracy=True)
+        return jax.tree.map(jnp.sum, sums)
 
     return jax.jit(eval_step)
+
+
+def apply(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    batch: Batch,
+    key: Key[Array, ""] | None = None,
+):
+    """Hidden states, the head that makes logits of them, and the labels, in one order.
+
+    The head's weights are gathered here, once for all chunks of the loss.
+    """
+    model = nnx.merge(graphdef, params)
+    batch, positions = lay_out(model, batch)
+    hidden = model(
+        batch["tokens"], positions=positions, segments=batch.get("segments"), key=key
+    )
+    whole = gather_head(params, model.compute)
+    return hidden, nnx.merge(graphdef, whole).head, batch["labels"]
 
 
 def lay_out(model: Model, batch: Batch) -> tuple[Batch, Int[Array, "T"] | None]:

@@ -17,7 +17,7 @@ from lm_scale import distributed, hf
 from lm_scale.checkpoint import Checkpoints, has_checkpoints
 from lm_scale.config import RunConfig
 from lm_scale.data.corpus import Part
-from lm_scale.data.loader import TrainBatches, device_batches
+from lm_scale.data.loader import EvalBatches, TrainBatches, device_batches
 from lm_scale.errors import InputError
 from lm_scale.evaluate import evaluate, unigram_loss
 from lm_scale.generate import Sampling, complete
@@ -152,14 +152,9 @@ def train(
                 metrics.log_eval(step, results)
 
         # 5. What was learnt, and where it is.
-        hf.export(config.model, state.params, tokenizer, config.run_dir)
-        if results and held_out is not None and distributed.index() == 0:
-            results["unigram_loss"] = unigram_loss(
-                batches.source.store, held_out, config.model.vocab
-            )
-        sample = sample_text(config, model, state.params, tokenizer)
-        if distributed.index() == 0:
-            report(config, results, sample, console)
+        conclude(
+            config, model, state.params, tokenizer, batches, held_out, results, console
+        )
         if uploads is not None:
             uploads.finish(f"Step {step}, the end")
     return Outcome(step, True, False, results)
@@ -301,6 +296,30 @@ def start_uploads(
     uploads = HubUploads(folder, config.hub, token=token, console_print=metrics.print)
     uploads.create()
     return uploads
+
+
+def conclude(
+    config: RunConfig,
+    model: Model,
+    params: Params,
+    tokenizer,
+    batches: TrainBatches,
+    held_out: EvalBatches | None,
+    results: dict[str, float],
+    console: Console,
+) -> None:
+    """Exports the model first, then tells what it has learnt and where everything is.
+
+    Adds the unigram loss to the results, if there are any.
+    """
+    hf.export(config.model, params, tokenizer, config.run_dir)
+    sample = sample_text(config, model, params, tokenizer)
+    if distributed.index() > 0:
+        return
+    if results and held_out is not None:
+        store, vocab = batches.source.store, config.model.vocab
+        results["unigram_loss"] = unigram_loss(store, held_out, vocab)
+    report(config, results, sample, console)
 
 
 def sample_text(

@@ -147,8 +147,9 @@ def first_params(family: str) -> Params:
 
 def main(folder: str) -> None:
     from lm_scale import distributed
+    from lm_scale.connect import connect
 
-    distributed.connect("matrix", [])
+    connect("matrix", [])
     for family, (accumulate, unroll) in itertools.product(FAMILIES, VARIANTS):
         losses, weights = train(family, TWO_PROCESSES, accumulate, unroll)
         if distributed.index() == 0:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
@@ -189,6 +190,7 @@ def ours(config: ModelConfig, inputs: Inputs, tensors: hf.Tensors) -> Result:
             sums = cross_entropy(
                 model.head, hidden, labels, chunk=model.compute.loss_chunk
             )
+            sums = jax.tree.map(jnp.sum, sums)
             return sums["loss"] / sums["count"], model.head(hidden)
 
         return jax.value_and_grad(loss_and_logits, has_aux=True)(params)

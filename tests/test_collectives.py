@@ -32,7 +32,12 @@ from lm_scale.sharding import (
     declarations,
     make_mesh,
 )
-from lm_scale.step import abstract_state, decay_mask, make_train_step
+from lm_scale.step import (
+    abstract_state,
+    decay_mask,
+    make_eval_step,
+    make_train_step,
+)
 
 # Weights that are large beside the activations: 0.79 M in a block, 4 M in all.
 LLAMA = LlamaConfig(
@@ -206,6 +211,16 @@ def test_fsdp_gathers_one_block_at_a_time(remat):
         - small.memory_analysis().temp_size_in_bytes
     )
     assert added < 6 * BLOCK / 2
+
+
+def test_an_evaluation_gathers_the_head_once():
+    """And not for each chunk of the loss, of which there are two here."""
+    model, mesh = model_of("fsdp"), make_mesh(MeshShape(1, fsdp=8))
+    with jax.set_mesh(mesh):
+        _, (state, batch) = traced(model, mesh)
+        text = make_eval_step(model).lower(state.params, batch).compile().as_text()
+    gathered = [c for c in collectives(text) if c.kind == "all-gather" and c.loops]
+    assert sum(c.bytes for c in gathered) == BLOCK - 2 * 4 * LLAMA.embed
 
 
 def forward(rules: str, shape: MeshShape) -> list[Collective]:

@@ -6,10 +6,11 @@ import urllib.error
 import numpy as np
 import pytest
 
-from lm_scale import cluster, distributed
+from lm_scale import cluster, connect, distributed
 from lm_scale.__main__ import main
 from lm_scale.cluster import Place, detect, find_place, parse_address, take_flags
-from lm_scale.distributed import code_facts, disagreements
+from lm_scale.connect import code_facts
+from lm_scale.distributed import disagreements
 from lm_scale.errors import InputError
 
 SLURM = {
@@ -215,7 +216,7 @@ def test_who_differs_in_what():
 
 def test_the_code_is_known_by_its_source(tmp_path, monkeypatch):
     (tmp_path / "a.py").write_text("x = 1\n")
-    monkeypatch.setattr(distributed, "__file__", str(tmp_path / "distributed.py"))
+    monkeypatch.setattr(connect, "__file__", str(tmp_path / "connect.py"))
     before = code_facts()
     assert code_facts() == before
     (tmp_path / "a.py").write_text("x = 2\n")

@@ -18,7 +18,7 @@ ORDER = (
     ("lm_scale", "console", "errors", "peaks"),
     ("wandb_run", "cluster"),
     ("sharding", "objectives", "optim", "metrics", "distributed", "data"),
-    ("weight_files", "models.compute"),
+    ("weight_files", "models.compute", "connect"),
     ("models.layout", "data.python_docs", "data.folders", "data.reading"),
     ("data.sources",),
     ("data.corpus", "data.store", "data.tokenizer"),

@@ -38,6 +38,7 @@ def chunked(hidden, labels, matrix, chunk):
     def loss(hidden, matrix):
         of_head = partial(head, matrix)
         sums = cross_entropy(of_head, hidden, labels, chunk=chunk, accuracy=True)
+        sums = jax.tree.map(jnp.sum, sums)
         return sums["loss"], sums
 
     return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden, matrix)
@@ -174,4 +175,5 @@ def test_accuracy_is_left_out_when_not_asked_for():
     with one_device():
         hidden, labels, matrix = map(jnp.asarray, example(15, 23))
         sums = cross_entropy(partial(head, matrix), hidden, labels, chunk=5)
+        sums = jax.tree.map(jnp.sum, sums)
     assert sums["correct"] == 0

@@ -156,12 +156,13 @@ COMMANDS_OF_A_RUN = """
 import json, sys
 from pathlib import Path
 from lm_scale import distributed
+from lm_scale.connect import connect
 from lm_scale.__main__ import COMMANDS
 from lm_scale.data.loader import TrainBatches, device_batches
 from lm_scale.runs import open_run, open_train
 
 run_dir, out = sys.argv[1:3]
-distributed.connect("test", [])
+connect("test", [])
 COMMANDS["eval"]([run_dir])
 COMMANDS["generate"]([run_dir, "--prompt", "the cat", "--max-new-tokens", "9"])
 COMMANDS["export"]([run_dir, "--out", out + "/exported"])

@@ -43,8 +43,8 @@ def make_train_step(model, optimizer, shardings: TrainState, *, accumulate: int)
         table = "output" if "output" in params else "tokens"
         whole = constrain(params[table], rules.spec("vocab", "act_embed"))
         head = nnx.merge(graphdef, params | {table: whole}).head
-        chunk = model.compute.loss_chunk
-        return losses.cross_entropy(head, hidden, batch["labels"], chunk=chunk)["loss"]
+        labels, chunk = batch["labels"], model.compute.loss_chunk
+        return losses.cross_entropy(head, hidden, labels, chunk=chunk)["loss"].sum()
 
     def train_step(state: TrainState, batch):
         labels = jnp.sum(batch["labels"] != losses.IGNORE).astype(jnp.float32)

@@ -112,9 +112,9 @@ def attention(
     if kernel == "splash" and uncut and in_order:
         ids = {"segments": mask.segments, "key_segments": mask.key_segments}
         return splash(q, k, v, **ids, **how)
-    if kernel == "cudnn" and uncut and in_order and not both_ways:
-        if mask.segments is None:
-            return cudnn(q, k, v, **how)
+    in_one = mask.segments is None and not both_ways
+    if kernel == "cudnn" and uncut and in_order and in_one:
+        return cudnn(q, k, v, **how)
     (B, T, H, N), K = q.shape, k.shape[2]
     if K != H and rules.act_kv_heads != rules.act_heads:
         # Fewer key-value heads than parts: each device takes those of its queries.
