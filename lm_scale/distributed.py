@@ -4,9 +4,10 @@
 Every process runs the same program and reaches the calls here in the same order. What
 they tell one another before and beside the computation goes through the key-value store
 of jax.distributed, which needs no devices. Process 0 alone prints and writes files.
-With a single process nothing here does anything.
+With a single process nothing here does anything, but that `end_run` ends it.
 """
 
+import faulthandler
 import itertools
 import json
 import os
@@ -28,6 +29,7 @@ from lm_scale.errors import InputError
 
 T = TypeVar("T")
 VISIBLE = 60  # s that a network file system may take to show another machine's files
+ENDING = 15.0  # s that a process may take to tell the others that it ends
 _calls = itertools.count()  # the same call has the same number on every process
 _ending = threading.Lock()  # the first thread to take it ends the process
 
@@ -40,6 +42,11 @@ def index() -> int:
 def count() -> int:
     """The number of processes."""
     return global_state.num_processes
+
+
+def prefix() -> str:
+    """`process 1: `, before what it writes to stderr; empty for a single process."""
+    return f"process {index()}: " if count() > 1 else ""
 
 
 # --- Agreeing -------------------------------------------------------------------------
@@ -211,16 +218,31 @@ def finish() -> None:
 
 
 def fail(message: str, status: int) -> NoReturn:
-    """Prints the message, and ends this and, telling them why, all other processes.
+    """Prints the message, and ends all processes, telling the others why."""
+    end_run(message, status, told=f"failed: {message}")
+
+
+def end_run(message: str, status: int, *, told: str, stacks: bool = False) -> NoReturn:
+    """Prints the message, and ends this process and, if there are any, all others.
 
     An exit as usual would wait for the others, who wait for this one in a computation.
+    So nothing is unwound or waited for, and any thread may call it, whatever the main
+    thread does. All processes end with `status`.
+
+    Args:
+        told: what the others print after "ended, as process 1 ".
+        stacks: all of them print where their threads are, too.
     """
-    _ending.acquire()  # for good
-    print(f"{_name()}{message}", file=sys.stderr, flush=True)
-    try:
-        _set("failed", {"process": index(), "message": message, "status": status})
-    except jax.errors.JaxRuntimeError:
-        pass  # another one was first, or process 0 is gone
+    _begin_ending(status)
+    _print(message, stacks)
+    if count() > 1:
+        try:
+            _set(
+                "failed",
+                {"process": index(), "told": told, "status": status, "stacks": stacks},
+            )
+        except jax.errors.JaxRuntimeError:
+            pass  # another one was first, or process 0 is gone
     _end(status)
 
 
@@ -236,29 +258,41 @@ def _watch() -> None:
         return  # process 0 is gone, which jax tells
     if failed is None:
         return
-    _ending.acquire()
-    print(
-        f"{_name()}ended, as process {failed['process']} failed: {failed['message']}",
-        file=sys.stderr, flush=True,
-    )  # fmt: skip
+    _begin_ending(failed["status"])
+    text = f"ended, as process {failed['process']} {failed['told']}"
+    _print(text, failed["stacks"])
     _end(failed["status"])
 
 
 _watcher = threading.Thread(target=_watch, name="peers", daemon=True)
 
 
-def _name() -> str:
-    return f"process {index()}: " if index() > 0 else ""
+def _begin_ending(status: int) -> None:
+    """Returns in one thread only, the first to come; the others wait for the end."""
+    _ending.acquire()  # for good
+    # What follows can wait for ever: a lock of stderr, a store on a lost machine.
+    timer = threading.Timer(ENDING, os._exit, (status,))
+    timer.daemon = True
+    timer.start()
+
+
+def _print(text: str, stacks: bool) -> None:
+    print(f"{prefix()}{text}", file=sys.stderr, flush=True)
+    if stacks:
+        faulthandler.dump_traceback(2)  # of all threads, to stderr
 
 
 def _end(status: int) -> NoReturn:
-    # Without process 0 jax aborts the others: it is the last, and by a second.
-    try:
-        _client().wait_at_barrier("lm_scale/end", 5000)
-    except jax.errors.JaxRuntimeError:
-        pass  # one is dead
-    if index() == 0:
-        time.sleep(1)
+    if count() > 1:
+        # Without process 0 jax aborts the others: it is the last, and by a second.
+        try:
+            _client().wait_at_barrier("lm_scale/end", 5000)
+        except jax.errors.JaxRuntimeError:
+            pass  # one is dead
+        if index() == 0:
+            time.sleep(1)
     sys.stdout.flush()
     sys.stderr.flush()
+    if os.isatty(1):
+        os.write(1, b"\x1b[?25h")  # the cursor, which progress bars hide
     os._exit(status)
