@@ -81,6 +81,10 @@ class RunConfig:
     keep: int | None = 2  # newest checkpoints that stay on disk; None: all
     hub: str | None = None  # hub repository that each checkpoint's model is uploaded to
     stop_at: int | None = None  # stop and save after this step; without it, go on
+    # Seconds that a step, or a batch of an evaluation, may take until the run is ended
+    # as one that hangs. None: 20 times the slowest of late, at least 60; 0: no limit.
+    step_limit: float | None = None
+    wait_limit: float = 3600.0  # a compilation, restoring or saving; 0: no limit
     sample_prompt: str | None = None  # continued, or its masks filled in, at the end
 
     def check(self) -> None:
@@ -95,6 +99,10 @@ class RunConfig:
             value = getattr(part, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"{name} = {value}: expected a number above 0.")
+        for name in ("step_limit", "wait_limit"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise InputError(f"{name} = {value}: expected seconds, 0 for no limit.")
         for name, limit in (("seed", 2**63), ("simulated_devices", 1025)):
             if not 0 <= getattr(self, name) < limit:
                 raise InputError(

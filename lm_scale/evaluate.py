@@ -12,6 +12,7 @@ from lm_scale.data.loader import EvalBatches, device_batches
 from lm_scale.data.store import TokenStore
 from lm_scale.losses import IGNORE, Sums
 from lm_scale.sharding import Params, Rules
+from lm_scale.watchdog import Watchdog
 
 UNIGRAM_TOKENS = 20_000_000  # how many training tokens are counted for the baseline
 
@@ -23,18 +24,22 @@ def evaluate(
     mesh: Mesh,
     rules: Rules,
     stop: Callable[[], bool] | None = None,
+    watchdog: Watchdog | None = None,
 ) -> dict[str, float]:
     """loss (nats a label), perplexity, accuracy (share of right guesses) and labels.
 
     The sums of the batches (f32) are added in float64 and divided once; the rows that
     fill up the last batch have no labels and weigh nothing. All but `labels` are NaN if
     there are no labels. Empty if `stop`, asked at each batch, says so before the end.
+    `watchdog` ends a run that hangs in one of the batches.
     """
     totals = {"loss": 0.0, "correct": 0.0, "count": 0.0}
     running: Sums | None = None
     for batch in device_batches(batches, mesh, rules, start=0, stop=len(batches)):
         if stop is not None and stop():
             return {}
+        if watchdog is not None:
+            watchdog.begin("an evaluation's batch", batch["tokens"].shape)
         ready, running = running, eval_step(params, batch)
         _add(totals, ready)  # read one batch late, so that the devices never wait
     _add(totals, running)

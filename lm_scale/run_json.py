@@ -24,7 +24,8 @@ FREE = (
     "compute.unroll", "compute.loss_chunk", "compute.rules", "compute.attention",
     "log_every", "log_first", "report_to", "eval_every", "eval_batch", "eval_at_end",
     "save_every", "keep", "hub", "stop_at", "sample_prompt", "resume_from",
-    "data.store", "data.cache_dir", "data.workers", "data.corpus.streaming",
+    "step_limit", "wait_limit", "data.store", "data.cache_dir", "data.workers",
+    "data.corpus.streaming",
 )  # fmt: skip
 
 # What an evaluation does not depend on, besides.
