@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: `lm-scale COMMAND ...`, the same as `python -m lm_scale`.
 
-Exit status: 0 done; 75 stopped by a signal, saved, run the same command to go on;
-2 wrong usage or input; 1 failed; 130 interrupted where there was nothing to save.
+Exit status: 0 done; 75 training was stopped by a signal (saved, if there were new
+steps) or hung: run the same command to go on; 2 wrong usage or input; 1 failed;
+130 another command, or one that did not train yet, was interrupted by Ctrl-C.
 Of several processes all have the same, but for one that is killed or crashes.
 """
 

@@ -18,7 +18,7 @@ ORDER = (
     ("lm_scale", "console", "errors", "peaks"),
     ("wandb_run", "cluster"),
     ("sharding", "objectives", "optim", "metrics", "distributed", "data"),
-    ("weight_files", "models.compute", "connect", "watchdog"),
+    ("weight_files", "models.compute", "connect", "watchdog", "signals"),
     ("models.layout", "data.python_docs", "data.folders", "data.reading"),
     ("data.sources",),
     ("data.corpus", "data.store", "data.tokenizer"),
