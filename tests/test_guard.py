@@ -115,7 +115,7 @@ def test_no_false_alarm_on_a_falling_curve(seed, noise):
 def test_no_false_alarm_on_noise_with_tails(seed):
     """Of kurtosis 4 (normal: 3), though a batch's loss is a mean of thousands.
 
-    Tails have their price: with 5 degrees, kurtosis 9, one loss in 40,000 is trouble.
+    Tails have their price: with 5 degrees, kurtosis 9, 2 losses in 40,000 are trouble.
     """
     assert first_trouble(falling(seed, tail=10)) is None
 
