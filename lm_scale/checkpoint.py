@@ -72,7 +72,12 @@ class Checkpoints:
                 params=ocp.args.StandardSave(state.params),
                 opt_state=ocp.args.StandardSave(state.opt_state),
                 meta=ocp.args.JsonSave(
-                    {"step": step, "versions": versions, "tokens": self.tokens}
+                    {
+                        "step": step,
+                        "skipped": int(state.skipped),
+                        "versions": versions,
+                        "tokens": self.tokens,
+                    }
                 ),
             ),
         )
@@ -101,7 +106,10 @@ class Checkpoints:
             )
         number = jax.device_put(restored["meta"]["step"], target.step.sharding)
         number = number.astype(target.step.dtype)
-        return TrainState(number, restored["params"], restored["opt_state"])
+        skipped = restored["meta"].get("skipped", 0)  # checkpoints of 0.1 have none
+        skipped = jax.device_put(skipped, target.skipped.sharding)
+        skipped = skipped.astype(target.skipped.dtype)
+        return TrainState(number, skipped, restored["params"], restored["opt_state"])
 
     def restore_params(self, target: Params) -> Params:
         """The newest parameters alone."""

@@ -21,6 +21,7 @@ from jax.sharding import AbstractMesh, Mesh
 from lm_scale.data.corpus import CorpusConfig
 from lm_scale.data.tokenizer import TokenizerConfig
 from lm_scale.errors import InputError
+from lm_scale.guard import Guard
 from lm_scale.models import Compute, GPT2Config, ModelConfig, family_of
 from lm_scale.models.kernels import Kernel, choose_attention
 from lm_scale.objectives import CausalLM, MaskedLM, Objective
@@ -58,6 +59,7 @@ class RunConfig:
     data: DataConfig = DataConfig()
     optimizer: Optimizer = AdamW()
     schedule: Schedule = Schedule()
+    guard: Guard = Guard()
     seq_len: int = 512  # tokens of a sequence
     batch: int = 64  # sequences of a step, all devices and processes together
     eval_batch: int | None = None  # of an evaluation step; None: one part of `batch`
@@ -116,6 +118,11 @@ class RunConfig:
             raise InputError(
                 f"`steps` = {self.steps} and `epochs` = {self.epochs}: give one. "
                 f"`--steps None` or `--epochs None` unsets the other."
+            )
+        if self.guard.policy == "rollback" and self.save_every is None:
+            raise InputError(
+                "guard.policy = 'rollback' goes back to checkpoints, of which a run "
+                "with save_every = None has none. Change one of them."
             )
         if self.seq_len > self.model.positions:
             raise InputError(

@@ -7,14 +7,14 @@ say where they live, and the same function runs data-parallel or model-parallel.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from lm_scale.losses import IGNORE, Sums, cross_entropy
 from lm_scale.models import Model, family_of
@@ -42,7 +42,8 @@ class TrainState:
     There is no random key in it: dropout is keyed by (seed, step), as the data is.
     """
 
-    step: Int[Array, ""]  # updates made so far, and so the number of the next batch
+    step: Int[Array, ""]  # batches used up so far, and so the number of the next step
+    skipped: Int[Array, ""]  # those of them that were bad, and made no update
     params: Params
     opt_state: optax.OptState
 
@@ -60,7 +61,8 @@ def start_state(
 ) -> TrainState:
     """The state before the first update of these parameters."""
     cut = jax.tree.map(jax.reshard, params, optimizer_specs(model))
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(cut))
+    step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+    return TrainState(step, skipped, params, optimizer.init(cut))
 
 
 def optimizer_specs(model: Model) -> Params:
@@ -139,6 +141,7 @@ def make_train_step(
     *,
     seed: int,
     accumulate: int = 1,
+    skip_bad: bool = True,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The jitted step: (state, batch) -> (state, metrics); donates the state.
 
@@ -146,6 +149,10 @@ def make_train_step(
     `accumulate` (the number of equal parts that the batch is worked through in).
     Metrics: loss (nats), grad_norm (before clipping), learning_rate, labels (their
     number). Raises ValueError at trace time if the batch cannot be cut.
+
+    skip_bad: if the loss or the gradient norm is not finite, parameters and optimizer
+    state stay what they were, bit for bit, and only `step` and `skipped` go on. Metrics
+    are then skipped (1 if this update was, else 0) and skipped_total besides.
     """
     graphdef, compute = nnx.split(model)[0], model.compute
     state_specs = optimizer_specs(model)
@@ -185,23 +192,55 @@ def make_train_step(
         scale = 1.0 / jnp.maximum(labels, 1.0)
         with jax.named_scope("reduce"):
             grads = jax.tree.map(lambda g, s: reduce(g, s) * scale, grads, state_specs)
+        loss, grad_norm = jnp.sum(losses) * scale, optax.tree.norm(grads)
         with jax.named_scope("optimizer"):
             old = jax.tree.map(jax.reshard, state.params, state_specs)
             updates, opt_state = optimizer.update(grads, state.opt_state, old)
             new = cast(Params, optax.apply_updates(old, updates))
+            skipped = state.skipped
+            if skip_bad:
+                good = is_good(loss, grad_norm)
+                new = choose(good, new, old)
+                opt_state = choose(good, opt_state, state.opt_state)
+                skipped += 1 - good.astype(jnp.int32)
             new = jax.tree.map(
                 lambda x, was: jax.reshard(x, jax.typeof(was).sharding.spec),
                 new, state.params,
             )  # fmt: skip
         metrics = {
-            "loss": jnp.sum(losses) * scale,
-            "grad_norm": optax.tree.norm(grads),
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "loss": loss,
+            "grad_norm": grad_norm,
+            # The optimizer counts the updates that it made.
+            "learning_rate": jnp.asarray(
+                schedule(state.step - state.skipped), jnp.float32
+            ),
             "labels": labels,
         }
-        return TrainState(state.step + 1, new, opt_state), metrics
+        if skip_bad:
+            metrics["skipped"] = (skipped - state.skipped).astype(jnp.float32)
+            metrics["skipped_total"] = skipped.astype(jnp.float32)
+        return TrainState(state.step + 1, skipped, new, opt_state), metrics
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def is_good(loss: Float[Array, ""], grad_norm: Float[Array, ""]) -> Bool[Array, ""]:
+    """If an update may be made: both, of the whole batch, are finite.
+
+    They are sums over all devices, so this is the same everywhere. A norm is a sum of
+    squares: nothing cancels, and one gradient that is not finite makes it so. It also
+    overflows, to infinity, if finite gradients are above 1e19; that is bad too: Adam
+    would square them, and its second moment stay infinite, and that weight as it is.
+    """
+    return jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+
+def choose(good: Bool[Array, ""], new: Any, old: Any) -> Any:
+    """All of `new` if good, else all of `old`, bit for bit; each leaf where it lives.
+
+    For TPUs XLA makes it a part of the update; for CPUs it copies Adam's moments first.
+    """
+    return jax.tree.map(lambda x, was: jax.lax.select(good, x, was), new, old)
 
 
 def make_eval_step(model: Model) -> Callable[[Params, Batch], Sums]:

@@ -11,6 +11,7 @@ from lm_scale.config import DataConfig, RunConfig, load_config
 from lm_scale.data.corpus import CorpusConfig
 from lm_scale.data.tokenizer import TokenizerConfig
 from lm_scale.errors import InputError
+from lm_scale.guard import Guard
 from lm_scale.models import Compute, GPT2Config, RobertaConfig
 from lm_scale.objectives import CausalLM, MaskedLM
 from lm_scale.optim import AdamW, Schedule
@@ -37,6 +38,7 @@ ROBERTA = RunConfig(  # no field that has its default, as far as it can be
     ),
     optimizer=AdamW(beta2=0.98, weight_decay=0.01, clip=1.0),
     schedule=Schedule(peak=1e-3, warmup=5, decay="cosine", final=0.1),
+    guard=Guard(patience=3, spike=None, window=9, rollbacks=1),
     seq_len=96,
     batch=32,
     accumulate=2,
@@ -155,6 +157,8 @@ def test_a_file_that_is_wrong(load, tmp_path, text, said):
         (["--optimizer.weight-decay", "0.1"], {"optimizer__weight_decay": 0.1}),
         (["--optimizer.weight_decay", "0.1"], {"optimizer__weight_decay": 0.1}),
         (["--optimizer.clip", "1"], {"optimizer__clip": 1.0}),
+        (["--guard.policy", "rollback"], {"guard__policy": "rollback"}),
+        (["--guard.spike", "None"], {"guard__spike": None}),
         (["--schedule.decay", "cosine"], {"schedule__decay": "cosine"}),
         (["--data.corpus.source", "a.txt"], {"data__corpus__source": "a.txt"}),
         (["--mesh.fsdp", "4", "--mesh.data", "2"], {"mesh": MeshShape(2, 4)}),
@@ -301,6 +305,10 @@ def test_good_configs_pass():
             "tensor = 2.*`tensor`.*lm-scale rules",
         ),
         ({"mesh": MeshShape(data=4, expert=2)}, "expert = 2.*`expert`"),
+        (
+            {"guard": Guard(policy="rollback"), "save_every": None},
+            "guard.policy = 'rollback' .* save_every = None",
+        ),
         ({"seq_len": 25}, "seq_len = 25 .*model.positions = 24"),
         ({"steps": None}, "give `steps` or `epochs`"),
         ({"epochs": 1.0}, "`steps` = 10 and `epochs` = 1.0: give one"),

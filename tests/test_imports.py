@@ -22,8 +22,8 @@ ORDER = (
     ("models.layout", "data.python_docs", "data.folders", "data.reading"),
     ("data.sources",),
     ("data.corpus", "data.store", "data.tokenizer"),
-    ("losses", "models.layers", "models.scan"),
-    ("data.examples", "hub", "models.kernels", "models.ring"),
+    ("losses", "models.layers", "models.scan", "data.windows"),
+    ("data.examples", "guard", "hub", "models.kernels", "models.ring"),
     ("data.*", "models.attention", "models.rotary"),
     ("models.*",),  # the families, which do not know one another
     ("models",),

@@ -4,12 +4,15 @@
 Programs are tiny but real; each is compiled once (`program`) and shared by the tests.
 """
 
+import dataclasses
 import functools
 import itertools
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -17,6 +20,7 @@ from jax.sharding import NamedSharding
 
 from lm_scale.checkpoint import Checkpoints
 from lm_scale.errors import InputError
+from lm_scale.losses import cross_entropy
 from lm_scale.models import (
     Compute,
     GPT2Config,
@@ -27,6 +31,7 @@ from lm_scale.models import (
 from lm_scale.objectives import IGNORE
 from lm_scale.optim import Adafactor, AdamW, Schedule, make_optimizer, make_schedule
 from lm_scale.sharding import (
+    PRESETS,
     MeshShape,
     Rules,
     check_divides,
@@ -345,6 +350,166 @@ def test_the_first_update_of_a_warm_up_has_learning_rate_0():
     rates = run("gpt2")[0]["learning_rate"]
     schedule = make_schedule(SCHEDULE, STEPS)
     np.testing.assert_allclose(rates, [schedule(i) for i in range(STEPS)], rtol=1e-6)
+
+
+# --- Updates that are not made --------------------------------------------------------
+
+# Labels of no token: at one of these, the loss goes wrong in `harmful_cross_entropy`.
+NOT_A_NUMBER, BAD_GRADIENT, HUGE_GRADIENT = -201, -202, -203
+HARM = {"loss": NOT_A_NUMBER, "gradient": BAD_GRADIENT, "norm": HUGE_GRADIENT}
+OPTIMIZERS = {"adamw": ADAMW, "adafactor": Adafactor(clip=1.0)}
+
+
+def harmful_cross_entropy(head, hidden, labels, chunk):
+    """Harm is done to the position that has one of the labels above, and only there.
+
+    Its loss becomes NaN; or its gradient does, with the loss unchanged (the derivative
+    of a root, at 0); or its gradient is so large that its square is infinite in f32.
+    """
+    harm, features = labels < IGNORE, hidden.sum(-1)
+    whole = chunk * labels.shape[1]  # one chunk, so that each loss is one position's
+    sums = cross_entropy(head, hidden, jnp.where(harm, IGNORE, labels), chunk=whole)
+    factor = jnp.where(labels == NOT_A_NUMBER, jnp.nan, 0.0)
+    factor = jnp.where(labels == HUGE_GRADIENT, 1e25, factor)
+    root = jnp.sqrt(jnp.where(labels == BAD_GRADIENT, 0.0 * features, 1.0))
+    added = factor * features + jnp.where(labels == BAD_GRADIENT, root, 0.0)
+    return sums | {"loss": sums["loss"] + added}
+
+
+def bits(tree):
+    """Each leaf's bytes on each device."""
+    return [
+        [(shard.device.id, np.asarray(shard.data).tobytes()) for shard in shards]
+        for shards in (x.addressable_shards for x in jax.tree.leaves(tree))
+    ]
+
+
+def guarded(mesh, *, rules=None, optimizer="adamw", accumulate=1, skip_bad=True):
+    compute = {} if rules is None else {"rules": PRESETS[rules]}
+    model, schedule = model_of("gpt2", **compute), make_schedule(SCHEDULE, STEPS)
+    made = make_optimizer(
+        OPTIMIZERS[optimizer], schedule, decay_mask(model), matrix_axes(model)
+    )
+    step = make_train_step(
+        model, made, schedule, seed=3, accumulate=accumulate, skip_bad=skip_bad
+    )
+    first = jax.jit(lambda: init_state(model, made, seed=0))
+    devices = jax.devices()[:1] if mesh == "one" else None
+    return Program(model, make_mesh(MESHES[mesh], devices), step, made, first)
+
+
+def batch_with(harm, number):
+    """A batch of which one position, of the last row, is harmed; None: of none."""
+    batch = host_batch(number)
+    if harm is not None:
+        batch["labels"][ROWS - 1, 4] = HARM[harm]
+    return batch
+
+
+def steps_of(made, harms):
+    """The states' bits, [steps + 1] of (parameters, optimizer), and the metrics."""
+    states, history = [], []
+    with jax.set_mesh(made.mesh):
+        state = made.wrap()
+        states.append((bits(state.params), bits(state.opt_state)))
+        number = 0
+        for harm in harms:
+            state, metrics = made.step(state, made.place(batch_with(harm, number)))
+            number += harm is None
+            states.append((bits(state.params), bits(state.opt_state)))
+            history.append({k: float(v) for k, v in metrics.items()})
+    return state, states, history
+
+
+@pytest.mark.parametrize(
+    ("mesh", "settings"),
+    [
+        ("one", {}),
+        ("data", {}),
+        ("data", {"rules": "zero1", "optimizer": "adafactor"}),
+        ("fsdp", {"rules": "zero1"}),
+        ("2x2x2", {"accumulate": 2}),
+        ("2x2x2", {"optimizer": "adafactor"}),
+    ],
+)
+def test_a_bad_gradient_on_one_device_changes_nothing_on_any(
+    mesh, settings, monkeypatch
+):
+    """And the run goes on as if the batch had not been there."""
+    monkeypatch.setattr("lm_scale.step.cross_entropy", harmful_cross_entropy)
+    made = guarded(mesh, **settings)
+    harms = [None, "loss", None, "gradient", "norm", None, None]
+    state, states, history = steps_of(made, harms)
+    assert made.step._cache_size() == 1
+    for i, harm in enumerate(harms):
+        changed = i > 0 and harm is None  # the first has learning rate 0
+        assert (states[i + 1][0] != states[i][0]) == changed, i
+        assert (states[i + 1][1] != states[i][1]) == (harm is None), i
+    assert [m["skipped"] for m in history] == [0, 1, 0, 1, 1, 0, 0]
+    assert [m["skipped_total"] for m in history] == [0, 1, 1, 2, 3, 3, 3]
+    assert (int(state.step), int(state.skipped)) == (7, 3)
+    assert [math.isfinite(m["loss"]) for m in history] == [h != "loss" for h in harms]
+    assert [math.isfinite(m["grad_norm"]) for m in history] == [not h for h in harms]
+
+    _, without, others = steps_of(made, [h for h in harms if h is None])
+    assert states[-1] == without[-1]
+    good = [m for m, harm in zip(history, harms, strict=True) if harm is None]
+    assert [m["loss"] for m in good] == [m["loss"] for m in others]
+
+
+def test_the_learning_rate_reported_is_the_optimizer_s(monkeypatch):
+    """It counts the updates that it has made."""
+    monkeypatch.setattr("lm_scale.step.cross_entropy", harmful_cross_entropy)
+    made, schedule = guarded("one"), make_schedule(SCHEDULE, STEPS)
+    updates = 0
+    with jax.set_mesh(made.mesh):
+        state = made.wrap()
+        for harm in ("loss", None, None, "loss", "loss", None):
+            counts = optax.tree_utils.tree_get_all_with_path(state.opt_state, "count")
+            assert {int(count) for _, count in counts} == {updates}
+            state, metrics = made.step(state, made.place(batch_with(harm, 0)))
+            assert metrics["learning_rate"] == pytest.approx(float(schedule(updates)))
+            updates += harm is None
+    assert updates == int(state.step) - int(state.skipped) == 3
+
+
+def test_a_weight_that_is_not_finite_stops_all_updates():
+    """On one device of eight. No hook: the program as it runs."""
+    made = program("gpt2", "fsdp")
+    with jax.set_mesh(made.mesh):
+        state = first_state("gpt2", made)
+        params = flatten(state.params)
+        place = params["blocks.up"].sharding
+        weight = np.array(params["blocks.up"])
+        weight[1, 2, 3] = np.inf
+        params["blocks.up"] = jax.device_put(weight, place)
+        state = dataclasses.replace(state, params=unflatten(params))
+        before = bits((state.params, state.opt_state))
+        state, metrics = made.step(state, made.place(host_batch(0)))
+    assert metrics["skipped"] == 1
+    assert bits((state.params, state.opt_state)) == before
+
+
+def test_without_the_guard_the_update_is_made(monkeypatch):
+    monkeypatch.setattr("lm_scale.step.cross_entropy", harmful_cross_entropy)
+    state, _, history = steps_of(guarded("one", skip_bad=False), [None, "loss"])
+    assert not any("skipped" in metrics for metrics in history)
+    assert int(state.skipped) == 0
+    assert all(np.isnan(x).all() for x in jax.tree.leaves(state.params))
+
+
+def test_the_counter_is_in_the_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr("lm_scale.step.cross_entropy", harmful_cross_entropy)
+    made = guarded("data")
+    state, _, _ = steps_of(made, [None, "loss", "norm"])
+    target = abstract_state(made.model, made.optimizer, made.mesh)
+    with Checkpoints(tmp_path) as saved:
+        saved.save(state)
+        saved.wait()
+        restored = saved.restore(target)
+    assert (int(restored.step), int(restored.skipped)) == (3, 2)
+    assert restored.skipped.dtype == state.skipped.dtype
+    assert restored.skipped.sharding == target.skipped.sharding
 
 
 # --- The state ------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def make_train_step(model, optimizer, shardings: TrainState, *, accumulate: int)
             "grad_norm": optax.tree.norm(grads),
             "labels": labels,
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, state.skipped, params, opt_state), metrics
 
     return jax.jit(
         train_step, donate_argnums=0,

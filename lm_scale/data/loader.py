@@ -4,8 +4,9 @@
 The corpus is a list of examples (data/examples.py). Every epoch visits each of them
 once, in an order that a keyed permutation gives without being stored; batches run on
 across the end of an epoch. So the position in the data *is* the step number: resuming
-needs nothing else, any batch can be made again by its number, and each process makes
-just the rows that its devices hold.
+needs nothing else (but the windows that are left out, if there are any: windows.py),
+any batch can be made again by its number, and each process makes just the rows that its
+devices hold.
 """
 
 import bisect
@@ -18,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from lm_scale.data.examples import Source
+from lm_scale.data.windows import batch_number
 from lm_scale.objectives import IGNORE, Objective, Vocabulary
 from lm_scale.sharding import Rules
 
@@ -124,14 +126,15 @@ class EvalBatches(Batches):
 class LocalRows:
     """`batches` as grain sees them: step -> this process's rows, for `steps` steps."""
 
-    def __init__(self, batches: TrainBatches | EvalBatches, rows, steps: int):
+    def __init__(self, batches: TrainBatches | EvalBatches, rows, steps: int, left_out):
         self.batches, self.rows, self.steps = batches, rows, steps
+        self.left_out = left_out
 
     def __len__(self) -> int:
         return self.steps
 
     def __getitem__(self, record_key: int) -> HostBatch:  # grain's name for the step
-        return self.batches.rows(record_key, self.rows)
+        return self.batches.rows(batch_number(record_key, self.left_out), self.rows)
 
 
 def device_batches(
@@ -141,10 +144,12 @@ def device_batches(
     *,
     start: int,
     stop: int,
+    left_out: Sequence[tuple[int, int]] = (),
 ) -> Iterator[dict[str, jax.Array]]:
     """The global batches of steps start .. stop - 1, int32 [batch T] on the mesh.
 
     Made ahead of time by threads; each process reads the rows of its own devices.
+    left_out: `Windows` of batch numbers that no step gets.
     """
     if start >= stop:
         return
@@ -152,7 +157,9 @@ def device_batches(
     slices: Any = by_row.addressable_devices_indices_map((batches.batch,)).values()
     rows = sorted({row for s in slices for row in range(*s[0].indices(batches.batch))})
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
-    local: Any = LocalRows(batches, rows, stop)  # all that grain asks of a source
+    local: Any = LocalRows(
+        batches, rows, stop, left_out
+    )  # all that grain asks of a source
     source = grain.MapDataset.source(local)
     sharding = NamedSharding(mesh, rules.spec("batch", "seq"))
     for host in source[start:].to_iter_dataset(options):

@@ -262,6 +262,15 @@ def test_a_run_can_start_in_the_middle(store):
         assert_equal(found, {k: np.asarray(v) for k, v in expected.items()})
 
 
+def test_batches_that_are_left_out_are_those_of_no_step(store):
+    mesh, rules = make_mesh(MESHES["fsdp"]), Rules()
+    batches = train_batches(store, objective=MLM, batch=8)
+    left_out = ((2, 5), (6, 7))
+    found = device_batches(batches, mesh, rules, start=1, stop=5, left_out=left_out)
+    for batch, number in zip(found, (1, 5, 7, 8), strict=True):
+        assert_equal(batch, batches.rows(number, range(8)))
+
+
 @pytest.mark.parametrize(("start", "stop"), [(3, 3), (5, 3)])
 def test_nothing_is_left_to_do(store, start, stop):
     mesh = make_mesh(MESHES["data"])
