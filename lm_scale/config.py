@@ -67,6 +67,8 @@ class RunConfig:
     seed: int = 42  # of the first weights, the order of the data, masking and dropout
     init_from: str | None = None  # Hugging Face folder or hub name: the first weights
     resume_from: str | None = None  # run to go on from, if run_dir holds none yet
+    # Fields that may differ from the run's when it goes on, by dotted name.
+    override: tuple[str, ...] = ()
     mesh: MeshShape = MeshShape()
     compute: Compute = Compute()
     # CPU devices to simulate if there is no accelerator; JAX_NUM_CPU_DEVICES overrides.
@@ -290,8 +292,8 @@ def _is_a(value: Any, hint: Any) -> bool:
         return any(_is_a(value, option) for option in options)
     if origin is typing.Literal:
         return value in options
-    if origin is tuple:  # tuple[str, ...]
-        return isinstance(value, tuple) and all(_is_a(x, options[0]) for x in value)
+    if origin in (tuple, list):  # tuple[str, ...]
+        return isinstance(value, origin) and all(_is_a(x, options[0]) for x in value)
     if isinstance(value, bool):
         return hint is bool
     return isinstance(value, (int, float) if hint is float else hint)

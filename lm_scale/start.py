@@ -2,13 +2,14 @@
 """What a run starts from: its mesh, its model, and the newest weights there are."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import optax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from lm_scale import hf
+from lm_scale import distributed, hf
 from lm_scale.checkpoint import Checkpoints
 from lm_scale.config import RunConfig
 from lm_scale.connect import check_devices, open_connections
@@ -17,7 +18,13 @@ from lm_scale.data.loader import TrainBatches
 from lm_scale.errors import InputError, differences
 from lm_scale.metrics import check_reporters
 from lm_scale.models import Model, build_model
-from lm_scale.run_json import resume_point, settings
+from lm_scale.run_json import (
+    announce,
+    check_changes,
+    resume_point,
+    settings,
+    write_config,
+)
 from lm_scale.sharding import Params, check_divides, make_mesh
 from lm_scale.step import TrainState, abstract_state, init_state, start_state
 from lm_scale.weight_files import check_weights
@@ -88,6 +95,26 @@ def first_state(
         params = read_weights(config, model, mesh)
         return jax.jit(lambda p: start_state(model, optimizer, p))(params)
     return jax.jit(lambda: init_state(model, optimizer, config.seed))()
+
+
+def keep_config(
+    config: RunConfig,
+    there: dict[str, Any] | None,
+    step: int,
+    tokens: dict[str, Any],
+    console: Console,
+) -> None:
+    """Writes run.json; what has changed since the run had the config `there` is told.
+
+    there: as `check_changes` takes it, who says what is refused; None: the run begins.
+    step: where the state is. tokens: the fingerprint of the training tokens.
+    """
+    changes = None
+    if there is not None:
+        changes = check_changes(there, config, step, tokens)
+        announce(changes, console)
+    if distributed.index() == 0:
+        write_config(config, step, changes)
 
 
 def read_weights(config: RunConfig, model: Model, mesh: Mesh) -> Params:

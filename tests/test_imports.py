@@ -16,7 +16,7 @@ PACKAGE = Path(lm_scale.__file__).parent
 # stand for what is not named itself. `lm_scale` is the package: version, no code.
 ORDER = (
     ("lm_scale", "console", "errors", "peaks"),
-    ("wandb_run", "cluster"),
+    ("wandb_run", "cluster", "changes"),
     ("sharding", "objectives", "optim", "metrics", "distributed", "data"),
     ("weight_files", "models.compute", "connect"),
     ("models.layout", "data.python_docs", "data.folders", "data.reading"),
