@@ -197,6 +197,11 @@ class TrainingArguments:
         "`false`: start or fail. Or the folder of another run, or one of its "
         "checkpoints (RUN/checkpoints/STEP), to go on from in output_dir.",
     )
+    override: list[str] | None = flag(
+        None,
+        "What may differ from the run in output_dir when it goes on: these flags, or "
+        "fields as a refusal lists them, with blanks between.",
+    )
     save_total_limit: int | None = flag(2, "Checkpoints to keep, the newest. 0: all.")
     mesh: str | None = flag(
         None, "Devices along each mesh axis, as in data=-1,fsdp=1,tensor=1 (-1: rest)."

@@ -30,6 +30,7 @@ from lm_scale.scripts.flags import (
     ModelArguments,
     TrainingArguments,
 )
+from lm_scale.scripts.messages import fields_named
 from lm_scale.shapes import hf_config
 from lm_scale.sharding import MeshShape, parse_mesh_shape
 
@@ -83,6 +84,7 @@ def run_config(flags: Flags, console: Console) -> RunConfig:
         seed=training.seed,
         init_from=model.model_name_or_path,
         resume_from=resume_from(training),
+        override=fields_named(training.override or [], flags.kind),
         mesh=MeshShape() if training.mesh is None else parse_mesh_shape(training.mesh),
         compute=Compute(
             dtype="bfloat16" if model.dtype == "bfloat16" else "float32",

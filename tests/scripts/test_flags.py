@@ -59,7 +59,7 @@ ADDED = {
     "gradient_accumulation_steps", "max_steps", "max_grad_norm", "lr_scheduler_type",
     "resume_from_checkpoint", "save_total_limit", "mesh", "report_to",
     "logging_first_step", "streaming", "document_separators", "max_train_samples",
-    "max_eval_samples", "text_column_name",
+    "max_eval_samples", "text_column_name", "override",
 }  # fmt: skip
 
 
@@ -228,6 +228,7 @@ EFFECTS = [
     (BOTH, "max_grad_norm", "1.0", {"optimizer.clip": 1.0}),
     (BOTH, "lr_scheduler_type", "cosine", {"schedule.decay": "cosine"}),
     (BOTH, "resume_from_checkpoint", "{home}/x", {"resume_from": "{home}/x"}),
+    (BOTH, "override", "learning_rate", {"override": ["schedule.peak"]}),
     (BOTH, "save_total_limit", "5", {"keep": 5}),
     (BOTH, "save_total_limit", "0", {"keep": None}),
     (BOTH, "mesh", "data=2,fsdp=-1", {"mesh.data": 2, "mesh.fsdp": -1}),
@@ -464,6 +465,23 @@ def test_going_on_with_other_flags_names_them(home, tmp_path):
     assert "`schedule.peak` is --learning_rate" in added
     assert "`batch` is --per_device_train_batch_size × devices" in added
     assert "--overwrite_output_dir starts anew" in added
+
+
+def test_what_may_differ_is_named_by_fields_or_flags(home, tmp_path):
+    argv = [*base("clm", home), "--override", "--gradient_accumulation_steps", "seed"]
+    with pytest.raises(SystemExit):  # argparse: two hyphens begin a flag
+        translated("clm", argv)
+    for names, fields in (
+        (["seed", "optimizer"], ["seed", "optimizer"]),
+        (["block_size", "seq_len"], ["seq_len"]),
+        (["gradient_accumulation_steps"], ["batch", "accumulate"]),
+        (["max_seq_length"], ["max_seq_length"]),  # of the other script
+    ):
+        config = translated("clm", [*base("clm", home), "--override", *names])
+        assert config.override == tuple(fields)
+    config = dataclasses.replace(config, run_dir=str(tmp_path))
+    with pytest.raises(InputError, match="override names 'max_seq_length'"):
+        check_run_dir(config)
 
 
 def test_the_names_in_messages_are_fields():
