@@ -26,6 +26,7 @@ from lm_scale.models.kernels import Kernel, choose_attention
 from lm_scale.objectives import CausalLM, MaskedLM, Objective
 from lm_scale.optim import AdamW, Optimizer, Schedule
 from lm_scale.sharding import PRESETS, MeshShape, Rules, shards
+from lm_scale.warm_start import WarmStart
 
 T = TypeVar("T")
 
@@ -65,7 +66,10 @@ class RunConfig:
     steps: int | None = None  # optimizer steps; None: as many as `epochs` make
     epochs: float | None = None  # passes over the training split
     seed: int = 42  # of the first weights, the order of the data, masking and dropout
-    init_from: str | None = None  # Hugging Face folder or hub name: the first weights
+    # The first weights: RUN_DIR (its newest checkpoint), RUN_DIR/checkpoints/STEP,
+    # or a Hugging Face folder or hub name.
+    init_from: str | None = None
+    init: WarmStart = WarmStart()  # in what their model may be another
     resume_from: str | None = None  # run to go on from, if run_dir holds none yet
     # Fields that may differ from the run's when it goes on, by dotted name.
     override: tuple[str, ...] = ()
@@ -110,6 +114,11 @@ class RunConfig:
             raise InputError(
                 f"`steps` = {self.steps} and `epochs` = {self.epochs}: give one. "
                 f"`--steps None` or `--epochs None` unsets the other."
+            )
+        if self.init_from is None and self.init != WarmStart():
+            raise InputError(
+                f"init = {self.init}: this is of given weights, and `init_from` names "
+                f"none. Give it, or leave `init` out."
             )
         if self.seq_len > self.model.positions:
             raise InputError(

@@ -43,7 +43,7 @@ SILENT = (
 # What an evaluation does not depend on, besides.
 TRAINING = (
     "optimizer", "schedule", "batch", "accumulate", "steps", "epochs", "init_from",
-    "compute",
+    "init", "compute",
 )  # fmt: skip
 
 # What may differ from one process of a run to another.

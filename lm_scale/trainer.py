@@ -20,6 +20,7 @@ from lm_scale.data.corpus import Part
 from lm_scale.data.loader import EvalBatches, TrainBatches, device_batches
 from lm_scale.errors import InputError
 from lm_scale.evaluate import evaluate, unigram_loss
+from lm_scale.first_weights import read_weights
 from lm_scale.generate import Sampling, complete
 from lm_scale.hub import HubUploads
 from lm_scale.metrics import MetricsLogger
@@ -35,7 +36,7 @@ from lm_scale.runs import (
     prepare_data,
 )
 from lm_scale.sharding import Params, abstract_params
-from lm_scale.start import fingerprint, first_state, keep_config, read_weights, set_up
+from lm_scale.start import fingerprint, first_state, keep_config, set_up
 from lm_scale.step import (
     TrainState,
     decay_mask,
@@ -189,7 +190,7 @@ def evaluate_only(
             with Checkpoints(config.run_dir) as saved:
                 params = saved.restore_params(target)
         else:
-            params = read_weights(config, model, mesh)
+            params = read_weights(config, model, mesh, console)
     results = held_out_loss(OpenRun(config, mesh, model, params, tokenizer))
     if distributed.index() == 0:
         report(config, results, None, console)

@@ -28,11 +28,12 @@ ORDER = (
     ("models.*",),  # the families, which do not know one another
     ("models",),
     ("hf_tensors",),
-    ("hf_shards",),
+    ("hf_shards", "warm_start"),
     ("hf", "generate", "step", "shapes"),
     ("checkpoint", "evaluate"),
     ("config",),
     ("run_json",),
+    ("first_weights",),
     ("runs", "report", "start"),
     ("trainer",),
     ("scripts.flags",),
