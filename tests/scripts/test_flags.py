@@ -60,6 +60,7 @@ ADDED = {
     "resume_from_checkpoint", "save_total_limit", "mesh", "report_to",
     "logging_first_step", "streaming", "document_separators", "max_train_samples",
     "max_eval_samples", "text_column_name", "override",
+    "grow_vocab", "grow_positions", "source_layers",
 }  # fmt: skip
 
 
@@ -241,6 +242,9 @@ EFFECTS = [
     (BOTH, "dtype", "bfloat16", {"compute.dtype": "bfloat16"}),
     (BOTH, "model_name_or_path", "{home}/{kind}-weights",
      {"init_from": "{home}/{kind}-weights"}),
+    (BOTH, "grow_vocab", "True", {"init.grow_vocab": True}),
+    (BOTH, "grow_positions", "True", {"init.grow_positions": True}),
+    (BOTH, "source_layers", "1", {"init.layers": [1]}),
     (BOTH, "tokenizer_name", "{home}/{kind}-weights",
      {"data.tokenizer.path": "{home}/{kind}-weights"}),
     (BOTH, "train_file", "{home}/held.txt", {"data.corpus.source": "{home}/held.txt"}),
@@ -507,3 +511,16 @@ def test_given_weights_and_a_tokenizer_with_one_token_too_many(home, tmp_path):
     argv = [*base("clm", home), f"--model_name_or_path={home}/clm-weights"]
     with pytest.raises(InputError, match="one token too many"):
         translated("clm", [*argv, f"--tokenizer_name={tmp_path}"])
+    config = translated("clm", [*argv, f"--tokenizer_name={tmp_path}", "--grow_vocab"])
+    assert config.model.vocab == len(tokenizer) and config.init.grow_vocab
+    set_up(config)
+
+
+def test_a_refused_warm_start_names_the_flags(home):
+    weights = f"--model_name_or_path={home}/clm-weights"
+    argv = [*base("clm", home), weights, f"--config_name={home}/clm-other"]
+    with pytest.raises(InputError) as error:
+        set_up(translated("clm", argv))
+    assert "embed: " in str(error.value)
+    message = "vocab: 1 there, 2 here (`init.grow_vocab` allows it)"
+    assert "`init.grow_vocab` is --grow_vocab" in in_flags(message, "clm")
