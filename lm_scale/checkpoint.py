@@ -111,9 +111,9 @@ class Checkpoints:
         skipped = skipped.astype(target.skipped.dtype)
         return TrainState(number, skipped, restored["params"], restored["opt_state"])
 
-    def restore_params(self, target: Params) -> Params:
-        """The newest parameters alone."""
-        return self._restore(None, params=ocp.args.StandardRestore(target))["params"]
+    def restore_params(self, target: Params, step: int | None = None) -> Params:
+        """The parameters alone, of a step (None: the newest)."""
+        return self._restore(step, params=ocp.args.StandardRestore(target))["params"]
 
     def _restore(self, step: int | None, **items: Any) -> Any:
         """These items of a checkpoint; InputError if it is missing or damaged."""

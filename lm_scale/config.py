@@ -27,6 +27,7 @@ from lm_scale.models.kernels import Kernel, choose_attention
 from lm_scale.objectives import CausalLM, MaskedLM, Objective
 from lm_scale.optim import AdamW, Optimizer, Schedule
 from lm_scale.sharding import PRESETS, MeshShape, Rules, shards
+from lm_scale.warm_start import WarmStart
 
 T = TypeVar("T")
 
@@ -67,8 +68,13 @@ class RunConfig:
     steps: int | None = None  # optimizer steps; None: as many as `epochs` make
     epochs: float | None = None  # passes over the training split
     seed: int = 42  # of the first weights, the order of the data, masking and dropout
-    init_from: str | None = None  # Hugging Face folder or hub name: the first weights
+    # The first weights: RUN_DIR (its newest checkpoint), RUN_DIR/checkpoints/STEP,
+    # or a Hugging Face folder or hub name.
+    init_from: str | None = None
+    init: WarmStart = WarmStart()  # in what their model may be another
     resume_from: str | None = None  # run to go on from, if run_dir holds none yet
+    # Fields that may differ from the run's when it goes on, by dotted name.
+    override: tuple[str, ...] = ()
     mesh: MeshShape = MeshShape()
     compute: Compute = Compute()
     # CPU devices to simulate if there is no accelerator; JAX_NUM_CPU_DEVICES overrides.
@@ -123,6 +129,11 @@ class RunConfig:
             raise InputError(
                 "guard.policy = 'rollback' goes back to checkpoints, of which a run "
                 "with save_every = None has none. Change one of them."
+            )
+        if self.init_from is None and self.init != WarmStart():
+            raise InputError(
+                f"init = {self.init}: this is of given weights, and `init_from` names "
+                f"none. Give it, or leave `init` out."
             )
         if self.seq_len > self.model.positions:
             raise InputError(
@@ -305,8 +316,8 @@ def _is_a(value: Any, hint: Any) -> bool:
         return any(_is_a(value, option) for option in options)
     if origin is typing.Literal:
         return value in options
-    if origin is tuple:  # tuple[str, ...]
-        return isinstance(value, tuple) and all(_is_a(x, options[0]) for x in value)
+    if origin in (tuple, list):  # tuple[str, ...]
+        return isinstance(value, origin) and all(_is_a(x, options[0]) for x in value)
     if isinstance(value, bool):
         return hint is bool
     return isinstance(value, (int, float) if hint is float else hint)

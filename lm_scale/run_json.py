@@ -6,6 +6,7 @@ with the same run.
 """
 
 import dataclasses
+import difflib
 import json
 import tempfile
 import types
@@ -13,25 +14,37 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
+from lm_scale.changes import Changes, compare, covers
 from lm_scale.checkpoint import has_checkpoints
 from lm_scale.config import RunConfig
-from lm_scale.errors import InputError, differences, flatten
+from lm_scale.console import say
+from lm_scale.errors import InputError, flatten
+from lm_scale.models import build_model
+from lm_scale.sharding import declarations
 
 # What may change when a run goes on: nothing that alters the result beyond rounding.
-# (The tokens in `data.store` are compared by the checkpoint.)
+# (The tokens in `data.store` are compared by their fingerprint.)
 FREE = (
     "run_dir", "mesh", "simulated_devices", "compute.remat", "compute.offload",
     "compute.unroll", "compute.loss_chunk", "compute.rules", "compute.attention",
     "log_every", "log_first", "report_to", "eval_every", "eval_batch", "eval_at_end",
     "save_every", "keep", "hub", "stop_at", "sample_prompt", "resume_from",
-    "step_limit", "wait_limit", "data.store", "data.cache_dir", "data.workers",
-    "data.corpus.streaming",
+    "step_limit", "wait_limit", "override", "guard", "data.store", "data.cache_dir",
+    "data.workers", "data.corpus.streaming",
+)  # fmt: skip
+
+# What of these says nothing about what the run does from here on.
+SILENT = (
+    "run_dir", "simulated_devices", "stop_at", "resume_from", "override", "data.store",
+    "data.cache_dir", "data.workers",
 )  # fmt: skip
 
 # What an evaluation does not depend on, besides.
 TRAINING = (
     "optimizer", "schedule", "batch", "accumulate", "steps", "epochs", "init_from",
-    "compute",
+    "init", "compute",
 )  # fmt: skip
 
 # What may differ from one process of a run to another.
@@ -88,8 +101,9 @@ def read_run(run_dir: str | Path) -> RunConfig:
 def check_run_dir(config: RunConfig, free: tuple[str, ...] = FREE) -> None:
     """InputError if it cannot be written, or holds a run with another config.
 
-    The message names each field that differs; those in `free` may.
+    The message names each field that differs; those in `free` and `override` may.
     """
+    check_override(config)
     folder = Path(config.run_dir)
     if set("[]") & set(str(folder.absolute())):
         raise InputError(
@@ -109,10 +123,35 @@ def check_run_dir(config: RunConfig, free: tuple[str, ...] = FREE) -> None:
             raise InputError(f"Cannot write to {path}: {error}.") from error
     if config.resume_from is not None:
         check_resume_point(config)
-    if has_checkpoints(folder):  # else there is nothing to mix up
-        check_same_run(folder, config, free)
-    elif config.resume_from is not None:
-        check_same_run(resume_point(config.resume_from)[0], config, free)
+    there = former(config)
+    if there is not None:
+        check_changes(there, config, _newest(config), free=free)
+
+
+def check_override(config: RunConfig) -> None:
+    """InputError for a name in `override` that no field has, of no kind of config."""
+    known = field_names(RunConfig) | {"tokens", "tokens.tokenizer", "tokens.number"}
+    for name in config.override:
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), 1)
+            near += [x for x in sorted(known) if x.endswith(f".{name}")]
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise InputError(
+                f"override names {name!r}, which is no field of a config: expected "
+                f"names such as 'batch', 'schedule.peak' or 'tokens'.{hint}"
+            )
+
+
+def field_names(kind: Any, prefix: str = "") -> set[str]:
+    """The dotted names of a config's fields, whichever kinds its parts are of."""
+    names = set()
+    for name, hint in typing.get_type_hints(kind).items():
+        names.add(prefix + name)
+        for part in typing.get_args(hint) or (hint,):
+            if dataclasses.is_dataclass(part):
+                names |= {f"{prefix}{name}.type"}
+                names |= field_names(part, f"{prefix}{name}.")
+    return names
 
 
 def resume_point(resume_from: str) -> tuple[Path, int | None]:
@@ -121,6 +160,12 @@ def resume_point(resume_from: str) -> tuple[Path, int | None]:
     if path.name.isdigit() and path.parent.name == "checkpoints":
         return path.parent.parent, int(path.name)
     return path, None
+
+
+def steps_in(run_dir: Path) -> list[int]:
+    """The steps of which a run has checkpoints."""
+    names = [path.name for path in (run_dir / "checkpoints").iterdir()]
+    return sorted(int(name) for name in names if name.isdigit())
 
 
 def check_resume_point(config: RunConfig) -> None:
@@ -133,7 +178,7 @@ def check_resume_point(config: RunConfig) -> None:
             f"resume_from = {config.resume_from!r}: expected the folder of a run "
             f"with checkpoints, or one of them (RUN_DIR/checkpoints/STEP)."
         )
-    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
+    steps = steps_in(source)
     own = source.resolve() == Path(config.run_dir).resolve()
     if own and step is not None and step < max(steps):
         raise InputError(
@@ -142,20 +187,113 @@ def check_resume_point(config: RunConfig) -> None:
         )
 
 
-def check_same_run(folder: Path, config: RunConfig, free: tuple[str, ...]) -> None:
-    """InputError naming each field in which the run there has another config."""
+# --- Going on -------------------------------------------------------------------------
+
+
+def former(config: RunConfig) -> dict[str, Any] | None:
+    """The config, as JSON values, of the run that this one goes on with.
+
+    None: it begins anew. InputError if nobody knows of which run the checkpoints are.
+    """
+    folder, _ = _source(config)
+    if folder is None:
+        return None
     if not (folder / "run.json").exists():
         raise InputError(
             f"{folder} has checkpoints but no run.json, so nobody can tell whether "
             f"they belong to this config. Put it back, or give another `run_dir`."
         )
-    found = differences(_fixed(read_run(folder), free), _fixed(config, free))
-    if found:
-        listed = "\n".join(f"  {line}" for line in found)
+    return to_dict(read_run(folder))
+
+
+def _source(config: RunConfig) -> tuple[Path | None, int | None]:
+    """Run directory that has the checkpoint to go on from, and its step, if named."""
+    if has_checkpoints(config.run_dir):  # else there is nothing to mix up
+        return Path(config.run_dir), None
+    if config.resume_from is not None:
+        return resume_point(config.resume_from)
+    return None, None
+
+
+def _newest(config: RunConfig) -> int:
+    """The step to go on from, of a run that has checkpoints."""
+    folder, step = _source(config)
+    assert folder is not None
+    return max(steps_in(folder)) if step is None else step
+
+
+def check_changes(
+    there: dict[str, Any],
+    config: RunConfig,
+    step: int,
+    tokens: dict[str, Any] | None = None,
+    *,
+    free: tuple[str, ...] = FREE,
+) -> Changes:
+    """What has changed since the run was at this step, where it had the config `there`.
+
+    there: JSON values (`to_dict`), with the fingerprint of the tokens that the run was
+    trained on as `tokens`, if it is known. tokens: the fingerprint of those of now.
+    Raises InputError naming what may not change, being neither in `free` nor named by
+    `override`, nor a greater length of the run, and what no override can change.
+    """
+    was = from_dict(RunConfig, there)
+    changes = compare(
+        {**to_dict(was), "tokens": there.get("tokens", tokens)},
+        {**to_dict(config), "tokens": tokens},
+        config.override,
+        free=free, silent=SILENT, fixed=_unchangeable(was, config), step=step,
+    )  # fmt: skip
+    if changes.refused:
+        listed = "\n".join(f"  {line}" for line in changes.refused)
         raise InputError(
-            f"{folder} holds a run with a different config:\n{listed}\n"
+            f"{_source(config)[0]} holds a run with a different config:\n{listed}\n"
             f"Give another `run_dir`, or the same values to go on with that run."
+            f"{_advice(changes)}"
         )
+    return changes
+
+
+def _unchangeable(was: RunConfig, config: RunConfig) -> dict[str, str]:
+    """The parts of the config that the checkpoint cannot be read into, and why not."""
+    found = {}
+    if type(was.optimizer) is not type(config.optimizer):
+        found["optimizer"] = "its state is of another kind"
+    if _shapes(was) != _shapes(config):
+        found["model"] = "its weights have other shapes"
+    return found
+
+
+def _shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
+    weights = declarations(build_model(config.model, config.compute))
+    return {path: weight.get_value().shape for path, weight in weights.items()}
+
+
+def _advice(changes: Changes) -> str:
+    """How to go on in spite of what is refused."""
+    advice = ""
+    if any(covers(["tokens"], name) for name in changes.overridable):
+        advice += (
+            " It was trained on other tokens: restore the token store that the run "
+            "belongs to."
+        )
+    if changes.overridable:
+        advice += (
+            f" Where it is meant, `--override {' '.join(changes.overridable)}` allows "
+            f"it, and run.json keeps a record."
+        )
+    return advice
+
+
+def announce(changes: Changes, console: Console) -> None:
+    """Prints what has changed; nothing if nothing has."""
+    if changes.announced:
+        say(console, "Changed since then:")
+    for line in changes.announced:
+        say(console, f"  {line}")
+
+
+# --- The file -------------------------------------------------------------------------
 
 
 def _fixed(config: RunConfig, free: tuple[str, ...]) -> dict[str, Any]:
@@ -172,10 +310,23 @@ def settings(config: RunConfig) -> dict[str, Any]:
     return _fixed(config, OWN)
 
 
-def write_config(config: RunConfig) -> None:
-    """Keeps the config in the run directory."""
+def write_config(
+    config: RunConfig, step: int = 0, changes: Changes | None = None
+) -> None:
+    """Keeps the config in the run directory, with the changes that were ever made.
+
+    step: where the run is. changes: those since it was there before; None: it begins.
+    They go into the list `changes`, in which what is noted of this step and of later
+    ones is from an attempt that was not saved, and is dropped.
+    """
     folder = Path(config.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    new = folder / "run.json.new"
-    new.write_text(json.dumps(to_dict(config), indent=2) + "\n")
-    new.replace(folder / "run.json")
+    path, new = folder / "run.json", folder / "run.json.new"
+    history = []
+    if changes is not None and path.exists():
+        history = json.loads(path.read_text()).get("changes", [])
+        history = [entry for entry in history if entry["step"] < step]
+    if changes is not None and changes.made:
+        history.append({"step": step, "changes": changes.made})
+    new.write_text(json.dumps({**to_dict(config), "changes": history}, indent=2) + "\n")
+    new.replace(path)

@@ -2,25 +2,31 @@
 """What a run starts from: its mesh, its model, and the newest weights there are."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import optax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from lm_scale import hf
+from lm_scale import distributed
 from lm_scale.checkpoint import Checkpoints
 from lm_scale.config import RunConfig
 from lm_scale.connect import check_devices, open_connections
 from lm_scale.console import say
 from lm_scale.data.loader import TrainBatches
-from lm_scale.errors import InputError, differences
+from lm_scale.first_weights import check_init_from, read_weights
 from lm_scale.metrics import check_reporters
 from lm_scale.models import Model, build_model
-from lm_scale.run_json import resume_point, settings
-from lm_scale.sharding import Params, check_divides, make_mesh
+from lm_scale.run_json import (
+    announce,
+    check_changes,
+    resume_point,
+    settings,
+    write_config,
+)
+from lm_scale.sharding import check_divides, make_mesh
 from lm_scale.step import TrainState, abstract_state, init_state, start_state
-from lm_scale.weight_files import check_weights
 
 
 def set_up(config: RunConfig) -> tuple[Mesh, Model]:
@@ -44,26 +50,6 @@ def set_up(config: RunConfig) -> tuple[Mesh, Model]:
     return mesh, model
 
 
-def check_init_from(config: RunConfig) -> None:
-    """InputError naming the fields in which the first weights' model is another."""
-    folder = hf.fetch(str(config.init_from), cache_dir=config.data.cache_dir)
-    found = hf.read_config(folder)
-    check_weights(folder)
-    if type(found) is not type(config.model):
-        raise InputError(
-            f"{folder} holds a {type(found).__name__}, the config a "
-            f"{type(config.model).__name__}."
-        )
-    free = {name: None for name in vars(found) if "dropout" in name} | {
-        "init_std": None
-    }
-    wrong = differences(vars(found) | free, vars(config.model) | free)
-    if wrong:
-        raise InputError(
-            f"The model in {folder} is not the config's: {'; '.join(wrong)}."
-        )
-
-
 def first_state(
     config: RunConfig,
     model: Model,
@@ -85,15 +71,29 @@ def first_state(
         say(console, f"Going on from step {int(state.step)} in {folder}")
         return state
     if config.init_from is not None:
-        params = read_weights(config, model, mesh)
+        params = read_weights(config, model, mesh, console)
         return jax.jit(lambda p: start_state(model, optimizer, p))(params)
     return jax.jit(lambda: init_state(model, optimizer, config.seed))()
 
 
-def read_weights(config: RunConfig, model: Model, mesh: Mesh) -> Params:
-    """The parameters of `init_from`, on the mesh."""
-    folder = hf.fetch(str(config.init_from), cache_dir=config.data.cache_dir)
-    return hf.read_params(folder, model, mesh)
+def keep_config(
+    config: RunConfig,
+    there: dict[str, Any] | None,
+    step: int,
+    tokens: dict[str, Any],
+    console: Console,
+) -> None:
+    """Writes run.json; what has changed since the run had the config `there` is told.
+
+    there: as `check_changes` takes it, who says what is refused; None: the run begins.
+    step: where the state is. tokens: the fingerprint of the training tokens.
+    """
+    changes = None
+    if there is not None:
+        changes = check_changes(there, config, step, tokens)
+        announce(changes, console)
+    if distributed.index() == 0:
+        write_config(config, step, changes)
 
 
 def fingerprint(batches: TrainBatches) -> dict[str, str | int]:

@@ -20,13 +20,14 @@ from lm_scale.data.corpus import Part
 from lm_scale.data.loader import EvalBatches, TrainBatches, device_batches
 from lm_scale.errors import InputError
 from lm_scale.evaluate import evaluate, unigram_loss
+from lm_scale.first_weights import read_weights
 from lm_scale.generate import Sampling, complete
 from lm_scale.hub import HubUploads
 from lm_scale.metrics import MetricsLogger
 from lm_scale.models import Model
 from lm_scale.optim import make_optimizer, make_schedule
 from lm_scale.report import describe, report
-from lm_scale.run_json import FREE, TRAINING, check_run_dir, to_dict, write_config
+from lm_scale.run_json import FREE, TRAINING, check_run_dir, former, to_dict
 from lm_scale.runs import (
     OpenRun,
     held_out_loss,
@@ -35,7 +36,7 @@ from lm_scale.runs import (
     prepare_data,
 )
 from lm_scale.sharding import Params, abstract_params
-from lm_scale.start import fingerprint, first_state, read_weights, set_up
+from lm_scale.start import fingerprint, first_state, keep_config, set_up
 from lm_scale.step import (
     TrainState,
     decay_mask,
@@ -76,6 +77,7 @@ def train(
     mesh, model = made or set_up(config)
     rules = config.compute.rules
     distributed.on_first(lambda: check_run_dir(config))
+    there = former(config)
     for folder in (config.run_dir, config.store_dir):
         distributed.check_shared(Path(folder))
 
@@ -86,8 +88,6 @@ def train(
     held_out = open_eval(config, tokenizer, mesh) if config.evaluates else None
     steps = config.total_steps(batches.examples)
     distributed.agree(fingerprint(batches))
-    if distributed.index() == 0:
-        write_config(config)  # from here on the directory holds this run
 
     # 3. Model and optimizer: the state is restored if there is one, else made.
     schedule = make_schedule(config.schedule, steps)
@@ -106,6 +106,8 @@ def train(
         ) as saved,
     ):
         state = first_state(config, model, optimizer, mesh, saved, console)
+        # From here on the directory holds this run.
+        keep_config(config, there, int(state.step), fingerprint(batches), console)
 
         # 4. The loop.
         metrics = metrics_of(config, mesh, batches, int(state.step), steps)
@@ -188,7 +190,7 @@ def evaluate_only(
             with Checkpoints(config.run_dir) as saved:
                 params = saved.restore_params(target)
         else:
-            params = read_weights(config, model, mesh)
+            params = read_weights(config, model, mesh, console)
     results = held_out_loss(OpenRun(config, mesh, model, params, tokenizer))
     if distributed.index() == 0:
         report(config, results, None, console)

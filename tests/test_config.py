@@ -400,7 +400,8 @@ def test_a_different_config_is_refused_field_by_field(tmp_path):
         check_run_dir(other)
     lines = str(error.value).splitlines()[1:-1]
     assert [line.strip() for line in lines] == [
-        "model.layers: 12 there, 3 here",
+        "model.layers: 12 there, 3 here (its weights have other shapes: no override "
+        "helps)",
         "optimizer.clip: None there, 1.0 here",
         "seed: 42 there, 1 here",
     ]

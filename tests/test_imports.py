@@ -16,7 +16,7 @@ PACKAGE = Path(lm_scale.__file__).parent
 # stand for what is not named itself. `lm_scale` is the package: version, no code.
 ORDER = (
     ("lm_scale", "console", "errors", "peaks"),
-    ("wandb_run", "cluster"),
+    ("wandb_run", "cluster", "changes"),
     ("sharding", "objectives", "optim", "metrics", "distributed", "data"),
     ("weight_files", "models.compute", "connect", "watchdog", "signals"),
     ("models.layout", "data.python_docs", "data.folders", "data.reading"),
@@ -28,11 +28,12 @@ ORDER = (
     ("models.*",),  # the families, which do not know one another
     ("models",),
     ("hf_tensors",),
-    ("hf_shards",),
+    ("hf_shards", "warm_start"),
     ("hf", "generate", "step", "shapes"),
     ("checkpoint", "evaluate"),
     ("config",),
     ("run_json",),
+    ("first_weights",),
     ("runs", "report", "start"),
     ("trainer",),
     ("scripts.flags",),

@@ -26,7 +26,9 @@ class ModelArguments:
     """Model, configuration and tokenizer."""
 
     model_name_or_path: str | None = flag(
-        None, "Folder or hub name of weights to start from. Unset: random weights."
+        None,
+        "Folder or hub name of weights to start from, or a checkpoint of a run "
+        "(RUN/checkpoints/STEP). Unset: random weights.",
     )
     model_type: str | None = flag(
         None,
@@ -54,6 +56,20 @@ class ModelArguments:
     token: str | None = flag(None, "Token for private models and data of the hub.")
     trust_remote_code: bool = flag(
         False, "Refused: code from the hub is never executed."
+    )
+    # --- Not in the old scripts ---
+    grow_vocab: bool = flag(
+        False,
+        "Add rows for the tokens, of the tokenizer or of config_name, that the weights "
+        "of model_name_or_path lack.",
+    )
+    grow_positions: bool = flag(
+        False, "Add rows for the positions of config_name that the weights lack."
+    )
+    source_layers: list[int] | None = flag(
+        None,
+        "Layers of the weights, from 0, that become the model's, which config_name "
+        "gives as many. Unset: all.",
     )
 
 
@@ -196,6 +212,11 @@ class TrainingArguments:
         "Unset: go on if output_dir holds this run, else start. `true`: go on or fail; "
         "`false`: start or fail. Or the folder of another run, or one of its "
         "checkpoints (RUN/checkpoints/STEP), to go on from in output_dir.",
+    )
+    override: list[str] | None = flag(
+        None,
+        "What may differ from the run in output_dir when it goes on: these flags, or "
+        "fields as a refusal lists them, with blanks between.",
     )
     save_total_limit: int | None = flag(2, "Checkpoints to keep, the newest. 0: all.")
     mesh: str | None = flag(

@@ -2,6 +2,7 @@
 """What the messages about a RunConfig are called among the flags."""
 
 import re
+from collections.abc import Iterable
 
 from lm_scale.scripts.flags import Kind
 
@@ -15,6 +16,9 @@ FLAG_OF = {
     "steps": "--max_steps",
     "epochs": "--num_train_epochs",
     "init_from": "--model_name_or_path",
+    "init.grow_vocab": "--grow_vocab",
+    "init.grow_positions": "--grow_positions",
+    "init.layers": "--source_layers",
     "resume_from": "--resume_from_checkpoint",
     "log_every": "--logging_steps",
     "save_every": "--save_steps",
@@ -64,6 +68,20 @@ REMEDIES = {
     "do without evaluation": "--do_train alone trains without evaluation.",
     "by text_column": "The flag is --text_column_name.",
 }
+
+
+def fields_named(names: Iterable[str], kind: Kind) -> tuple[str, ...]:
+    """The fields of a RunConfig by their own names, or those that flags go into.
+
+    `seed` is one, `max_grad_norm` is optimizer.clip, and `gradient_accumulation_steps`
+    makes both batch and accumulate.
+    """
+    flag_of = {"seq_len": LENGTH[kind], **FLAG_OF}
+    found = []
+    for name in names:
+        flag = re.compile(rf"--{re.escape(name)}\b")
+        found += [x for x, flags in flag_of.items() if flag.search(flags)] or [name]
+    return tuple(dict.fromkeys(found))
 
 
 def in_flags(message: str, kind: Kind) -> str:

@@ -30,8 +30,10 @@ from lm_scale.scripts.flags import (
     ModelArguments,
     TrainingArguments,
 )
+from lm_scale.scripts.messages import fields_named
 from lm_scale.shapes import hf_config
 from lm_scale.sharding import MeshShape, parse_mesh_shape
+from lm_scale.warm_start import WarmStart
 
 
 def run_config(flags: Flags, console: Console) -> RunConfig:
@@ -82,7 +84,9 @@ def run_config(flags: Flags, console: Console) -> RunConfig:
         epochs=training.num_train_epochs if steps is None else None,
         seed=training.seed,
         init_from=model.model_name_or_path,
+        init=warm_start(model),
         resume_from=resume_from(training),
+        override=fields_named(training.override or [], flags.kind),
         mesh=MeshShape() if training.mesh is None else parse_mesh_shape(training.mesh),
         compute=Compute(
             dtype="bfloat16" if model.dtype == "bfloat16" else "float32",
@@ -210,12 +214,14 @@ def fitted(
     """The shape, with room for the tokenizer where the weights are yet to be made."""
     size, pad_id = vocabulary_size(tokenizer), getattr(shape, "pad_id", None)
     if model.model_name_or_path is not None:
+        if size > shape.vocab and model.grow_vocab:
+            return dataclasses.replace(shape, vocab=size)
         if size > shape.vocab:
             raise InputError(
                 f"The tokenizer has {size} tokens, the weights have rows for "
                 f"{shape.vocab}. The old scripts kept GPT-2's tokenizer with one token "
                 f"too many: give the tokenizer.json that it was trained with by "
-                f"--tokenizer_name."
+                f"--tokenizer_name. For new tokens, --grow_vocab adds rows."
             )
         return shape
     changes = {}
@@ -255,6 +261,15 @@ def sequence_length(
             f"{most} is used.",
         )
     return min(wanted, most)
+
+
+def warm_start(model: ModelArguments) -> WarmStart:
+    chosen = model.source_layers
+    return WarmStart(
+        grow_vocab=model.grow_vocab,
+        grow_positions=model.grow_positions,
+        layers=None if chosen is None else tuple(chosen),
+    )
 
 
 def reporters(text: str) -> tuple[Any, ...]:

@@ -59,7 +59,8 @@ ADDED = {
     "gradient_accumulation_steps", "max_steps", "max_grad_norm", "lr_scheduler_type",
     "resume_from_checkpoint", "save_total_limit", "mesh", "report_to",
     "logging_first_step", "streaming", "document_separators", "max_train_samples",
-    "max_eval_samples", "text_column_name",
+    "max_eval_samples", "text_column_name", "override",
+    "grow_vocab", "grow_positions", "source_layers",
 }  # fmt: skip
 
 
@@ -228,6 +229,7 @@ EFFECTS = [
     (BOTH, "max_grad_norm", "1.0", {"optimizer.clip": 1.0}),
     (BOTH, "lr_scheduler_type", "cosine", {"schedule.decay": "cosine"}),
     (BOTH, "resume_from_checkpoint", "{home}/x", {"resume_from": "{home}/x"}),
+    (BOTH, "override", "learning_rate", {"override": ["schedule.peak"]}),
     (BOTH, "save_total_limit", "5", {"keep": 5}),
     (BOTH, "save_total_limit", "0", {"keep": None}),
     (BOTH, "mesh", "data=2,fsdp=-1", {"mesh.data": 2, "mesh.fsdp": -1}),
@@ -240,6 +242,9 @@ EFFECTS = [
     (BOTH, "dtype", "bfloat16", {"compute.dtype": "bfloat16"}),
     (BOTH, "model_name_or_path", "{home}/{kind}-weights",
      {"init_from": "{home}/{kind}-weights"}),
+    (BOTH, "grow_vocab", "True", {"init.grow_vocab": True}),
+    (BOTH, "grow_positions", "True", {"init.grow_positions": True}),
+    (BOTH, "source_layers", "1", {"init.layers": [1]}),
     (BOTH, "tokenizer_name", "{home}/{kind}-weights",
      {"data.tokenizer.path": "{home}/{kind}-weights"}),
     (BOTH, "train_file", "{home}/held.txt", {"data.corpus.source": "{home}/held.txt"}),
@@ -466,6 +471,23 @@ def test_going_on_with_other_flags_names_them(home, tmp_path):
     assert "--overwrite_output_dir starts anew" in added
 
 
+def test_what_may_differ_is_named_by_fields_or_flags(home, tmp_path):
+    argv = [*base("clm", home), "--override", "--gradient_accumulation_steps", "seed"]
+    with pytest.raises(SystemExit):  # argparse: two hyphens begin a flag
+        translated("clm", argv)
+    for names, fields in (
+        (["seed", "optimizer"], ["seed", "optimizer"]),
+        (["block_size", "seq_len"], ["seq_len"]),
+        (["gradient_accumulation_steps"], ["batch", "accumulate"]),
+        (["max_seq_length"], ["max_seq_length"]),  # of the other script
+    ):
+        config = translated("clm", [*base("clm", home), "--override", *names])
+        assert config.override == tuple(fields)
+    config = dataclasses.replace(config, run_dir=str(tmp_path))
+    with pytest.raises(InputError, match="override names 'max_seq_length'"):
+        check_run_dir(config)
+
+
 def test_the_names_in_messages_are_fields():
     """The words that `in_flags` translates exist in the configs."""
     config = RunConfig(run_dir="x", model=Roberta(), objective=MaskedLM())
@@ -489,3 +511,16 @@ def test_given_weights_and_a_tokenizer_with_one_token_too_many(home, tmp_path):
     argv = [*base("clm", home), f"--model_name_or_path={home}/clm-weights"]
     with pytest.raises(InputError, match="one token too many"):
         translated("clm", [*argv, f"--tokenizer_name={tmp_path}"])
+    config = translated("clm", [*argv, f"--tokenizer_name={tmp_path}", "--grow_vocab"])
+    assert config.model.vocab == len(tokenizer) and config.init.grow_vocab
+    set_up(config)
+
+
+def test_a_refused_warm_start_names_the_flags(home):
+    weights = f"--model_name_or_path={home}/clm-weights"
+    argv = [*base("clm", home), weights, f"--config_name={home}/clm-other"]
+    with pytest.raises(InputError) as error:
+        set_up(translated("clm", argv))
+    assert "embed: " in str(error.value)
+    message = "vocab: 1 there, 2 here (`init.grow_vocab` allows it)"
+    assert "`init.grow_vocab` is --grow_vocab" in in_flags(message, "clm")
