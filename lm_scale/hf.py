@@ -21,7 +21,7 @@ from lm_scale.data.tokenizer import TOKENIZER_FILES
 from lm_scale.errors import InputError, one_line
 from lm_scale.hf_shards import deal_out, publish, write_files
 from lm_scale.hf_tensors import block_to_hf, check_tensors, is_stacked, read_part
-from lm_scale.models import Model, ModelConfig, family_of, family_of_type
+from lm_scale.models import Model, ModelConfig, family_of, family_of_type, refuse_code
 from lm_scale.sharding import (
     Params,
     abstract_params,
@@ -156,7 +156,10 @@ def _download(name: str, patterns: tuple[str, ...], cache_dir: str | None) -> Pa
 
 
 def read_config(folder: Path | str) -> ModelConfig:
-    """The model config of a Hugging Face folder; InputError if we lack the family."""
+    """The model config of a Hugging Face folder.
+
+    Raises InputError if we lack the family, and for a model with code of its own.
+    """
     path = Path(folder) / "config.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -167,6 +170,7 @@ def read_config(folder: Path | str) -> ModelConfig:
             f"{path} is not a readable Hugging Face config: {error}"
         ) from error
     family = family_of_type(content.get("model_type"), path)
+    refuse_code(content, path)
     return family.config.from_hf(_with_defaults(content))
 
 

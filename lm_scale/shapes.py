@@ -19,6 +19,7 @@ from lm_scale.models import (
     ModelConfig,
     build_model,
     family_of_type,
+    refuse_code,
 )
 from lm_scale.sharding import declarations
 
@@ -122,10 +123,13 @@ def model_config(config: "PreTrainedConfig") -> ModelConfig:
     """lm_scale's own config for this one.
 
     Raises:
-      InputError: no such family, or a setting that our model of it has not.
+      InputError: no such family, a setting that our model of it has not, or code of
+        the model's own.
     """
-    family = family_of_type(config.model_type, config.name_or_path or "model config")
-    return family.config.from_hf(config.to_dict())
+    source, content = config.name_or_path or "model config", config.to_dict()
+    family = family_of_type(config.model_type, source)
+    refuse_code(content, source)
+    return family.config.from_hf(content)
 
 
 def parameter_count(config: ModelConfig) -> int:

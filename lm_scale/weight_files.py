@@ -24,6 +24,8 @@ NO_PICKLES = (
     "once, where you trust them, with transformers and torch: "
     "AutoModelFor....from_pretrained(...).save_pretrained(...) gives model.safetensors"
 )
+# Of safetensors. An integer alone is no weight: its scale is in another tensor.
+_FLOATS = ("F64", "F32", "F16", "BF16")
 # The last part of a weight's path, in Flax and in torch.
 _TORCH = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 
@@ -40,11 +42,18 @@ class Tensor(Protocol):
 class StoredTensor:
     """A tensor in a safetensors file; reads the slices that are asked for, no more."""
 
-    def __init__(self, stored):
+    def __init__(self, stored, name: str):
         self.stored = stored  # what safetensors' `get_slice` gives; keeps the file open
+        self.name = name  # for errors: where it is
         self.shape: tuple[int, ...] = tuple(stored.get_shape())
 
     def __getitem__(self, index: Any, /) -> np.ndarray:
+        dtype = self.stored.get_dtype()
+        if dtype not in _FLOATS:  # only now: a tensor that nobody asks for may be any
+            raise InputError(
+                f"{self.name} is of type {dtype}; expected weights of one of "
+                f"{', '.join(_FLOATS)}, as before they were quantized."
+            )
         return self.stored[index]
 
 
@@ -103,7 +112,10 @@ def files_of(folder: Path, name: str) -> list[Path]:
 def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
     try:
         file = safe_open(path, framework="numpy")
-        return {key: StoredTensor(file.get_slice(key)) for key in file.keys()}  # noqa: SIM118
+        return {
+            key: StoredTensor(file.get_slice(key), f"Tensor {key!r} in {path}")
+            for key in file.keys()  # noqa: SIM118
+        }
     except (OSError, SafetensorError) as error:
         raise InputError(f"Cannot read {path}: {error}") from error
 

@@ -6,6 +6,7 @@ All of them are opened by `datasets`, as streams or through its Arrow cache on d
 
 import glob
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +17,14 @@ from lm_scale.errors import InputError
 
 Rows = Iterable[Any]  # dicts; a Dataset or an IterableDataset of `datasets`
 T = TypeVar("T")
+
+# How archives begin. A tar of texts would pass for text, and `datasets` unpacks the
+# others, whatever their names.
+_ARCHIVE = re.compile(
+    rb"PK\x03\x04|\x1f\x8b|BZh\d1AY&SY|\xfd7zXZ\x00|\x28\xb5\x2f\xfd|7z\xbc\xaf"
+    rb"|Rar!\x1a\x07|\x04\x22\x4d\x18|.{257}ustar",
+    re.DOTALL,
+)
 
 # Known without asking the hub: what the old Flax scripts' README trained on.
 _OSCAR = ("oscar", "oscar-corpus/oscar")
@@ -124,9 +133,23 @@ def _read_files(files: list[Path], source: str, reading: Reading) -> Rows:
             f"{source} mixes kinds of files ({', '.join(sorted(readers))}); choose one "
             "kind with a glob such as 'folder/**/*.txt'."
         )
+    for file in files:
+        _check_no_archive(file)
     # `datasets` takes each name for a pattern.
     names = [glob.escape(str(file.absolute())) for file in files]
     return _read(readers.pop(), names, source, reading)
+
+
+def _check_no_archive(file: Path) -> None:
+    try:
+        with file.open("rb") as opened:
+            found = _ARCHIVE.match(opened.read(512))
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}.") from error
+    if found:
+        raise InputError(
+            f"cannot read {file}: it is an archive or compressed; unpack it first."
+        )
 
 
 def _read_url(url: str, reading: Reading) -> Rows:

@@ -11,6 +11,7 @@ The arrays are zarr3 with sharding: a file (shard) holds many chunks, each compr
 checksummed and read by itself.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from lm_scale.errors import InputError
+from lm_scale.errors import InputError, one_line
 
 FORMAT = 1  # of the folder; a reader refuses any other
 # 16 Ki: the least that a read decompresses. Random blocks of 128 and 512 tokens read
@@ -44,6 +45,7 @@ class Manifest:
     tokenizer_hash: str  # of the tokenizer that wrote it, see tokenizer_hash()
     separator: int | None  # token that ends each document; None: none was added
     source: dict[str, Any]  # the corpus config and the part of it
+    sha256: str | None = None  # of it all, see StoreWriter.finish; None: an old one
     format: int = FORMAT
 
 
@@ -121,9 +123,13 @@ class StoreWriter:
     def finish(
         self, *, tokenizer_hash: str, separator: int | None, source: dict[str, Any]
     ) -> Manifest:
-        """Writes what is buffered and then the manifest, which completes the store."""
+        """Writes what is buffered and then the manifest, which completes the store.
+
+        Its sha256 is that of the sha256 of the tokens' bytes and of the offsets'.
+        """
         self._tokens.flush()
         self._offsets.flush()
+        digests = self._tokens.sha256.digest() + self._offsets.sha256.digest()
         manifest = Manifest(
             tokens=self._tokens.size,
             documents=self._offsets.size - 1,
@@ -132,6 +138,7 @@ class StoreWriter:
             tokenizer_hash=tokenizer_hash,
             separator=separator,
             source=source,
+            sha256=hashlib.sha256(digests).hexdigest(),
         )
         content = json.dumps(asdict(manifest), indent=2)
         kvstore = ts.KvStore.open(_url(self._path)).result()
@@ -189,6 +196,7 @@ class TokenStore:
 
         Raises:
           IndexError: a block begins before the first token or ends after the last.
+          InputError: a shard is gone or damaged, or holds what is no token.
         """
         starts = np.asarray(starts)
         last = self.num_tokens - length
@@ -197,27 +205,21 @@ class TokenStore:
                 f"blocks of {length} tokens from {starts.min()} to {starts.max()} in a "
                 f"store of {self.num_tokens} tokens"
             )
-        # One batch: blocks of one shard share a file read, and all run concurrently.
-        with ts.Batch() as batch:
-            reads = [
-                self._tokens[start : start + length].read(batch=batch)
-                for start in starts.tolist()
-            ]
         blocks = np.empty((starts.size, length), np.int32)
-        for row, read in zip(blocks, reads, strict=True):
-            row[:] = read.result()
-        return blocks
+        spans = np.stack([starts, starts + length], axis=1)
+        for row, tokens in zip(blocks, self._read(self._tokens, spans), strict=True):
+            row[:] = tokens
+        return self._checked(blocks)
 
     def documents(self, indices: np.ndarray) -> list[np.ndarray]:
         """The tokens of these documents (counted from 0), int32, read concurrently.
 
         Raises:
           IndexError: there is no such document.
+          InputError: as `read_blocks`.
         """
-        spans = self._spans(indices)
-        with ts.Batch() as batch:
-            reads = [self._tokens[a:b].read(batch=batch) for a, b in spans.tolist()]
-        return [read.result().astype(np.int32) for read in reads]
+        found = self._read(self._tokens, self._spans(indices))
+        return [self._checked(tokens.astype(np.int32)) for tokens in found]
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
         """Number of tokens of these documents, int64 [n]."""
@@ -231,12 +233,36 @@ class TokenStore:
             raise IndexError(
                 f"documents {indices.min()} to {indices.max()} of {self.num_documents}"
             )
+        found = self._read(self._offsets, np.stack([indices, indices + 2], axis=1))
+        spans = np.array(found, np.int64).reshape(-1, 2)
+        if np.any(spans[:, 0] < 0) or np.any(np.diff(spans) < 0):
+            raise self._damaged("offsets/ holds documents that end before they begin")
+        if spans.size and spans.max() > self.num_tokens:
+            raise self._damaged("offsets/ holds documents behind the last token")
+        return spans
+
+    def _read(self, array, spans: np.ndarray) -> list[np.ndarray]:
+        """The values from the first to before the second place of each span [n 2]."""
+        # One batch: spans of one shard share a file read, and all run concurrently.
         with ts.Batch() as batch:
-            reads = [
-                self._offsets[index : index + 2].read(batch=batch)
-                for index in indices.tolist()
-            ]
-        return np.array([read.result() for read in reads]).reshape(-1, 2)
+            reads = [array[a:b].read(batch=batch) for a, b in spans.tolist()]
+        try:
+            return [read.result() for read in reads]
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._damaged(one_line(error)) from error
+
+    def _checked(self, tokens: np.ndarray) -> np.ndarray:
+        """The same tokens. An embedding would take the last row for those too high."""
+        size = self.manifest.vocab_size
+        if tokens.size and tokens.max() >= size:
+            raise self._damaged(f"token {tokens.max()} in a vocabulary of {size}")
+        return tokens
+
+    def _damaged(self, what: str) -> InputError:
+        return InputError(
+            f"the token store {self.path} is damaged: {what}. Put a whole copy there, "
+            "or delete it and run `prepare` again."
+        )
 
 
 def read_manifest(path: str | Path) -> Manifest | None:
@@ -282,6 +308,7 @@ def _open_array(path: str | Path, name: str, size: int, context: ts.Context):
         "kvstore": f"{_url(path)}{name}/",
         # A complete store never changes: do not ask the file system at each read.
         "recheck_cached_data": False,
+        "fill_missing_data_reads": False,  # a shard that is gone is no row of zeros
     }
     try:
         array = ts.open(spec, read=True, open=True, context=context).result()
@@ -314,12 +341,16 @@ class _Appender:
             "chunk_grid": grid,
             "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
         }
-        spec = {"driver": "zarr3", "kvstore": url, "metadata": metadata}
+        spec = {
+            "driver": "zarr3", "kvstore": url, "metadata": metadata,
+            "store_data_equal_to_fill_value": True,  # what is missing is an error
+        }  # fmt: skip
         try:
             self._array = ts.open(spec, create=True, delete_existing=True).result()
         except (OSError, ValueError, RuntimeError) as error:
             raise InputError(f"cannot write {url}: {error}") from error
         self._buffer = np.empty(shard, dtype)
+        self.sha256 = hashlib.sha256()  # of what is written
         self._written = 0
         self._filled = 0
 
@@ -339,5 +370,7 @@ class _Appender:
     def flush(self) -> None:
         """Writes the buffer; the array grows first, so it is never read back."""
         array = self._array.resize(exclusive_max=[self.size]).result()
-        array[self._written :].write(self._buffer[: self._filled]).result()
+        full = self._buffer[: self._filled]
+        array[self._written :].write(full).result()
+        self.sha256.update(full.tobytes())
         self._written, self._filled = self.size, 0

@@ -148,7 +148,8 @@ def load_tokenizer(
     cache_dir: of downloads; None: Hugging Face's default.
 
     Raises:
-      InputError: there is no tokenizer, it is broken, or it has no fast form.
+      InputError: there is no tokenizer, it is broken, it names code of its own, or it
+        has no fast form.
     """
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer
@@ -179,6 +180,12 @@ def load_tokenizer(
             "save_pretrained wrote, a tokenizer.json or a name on the hub "
             f"({one_line(error):.200})."
         ) from error
+    if tokenizer.init_kwargs.get("auto_map"):  # else another class takes its place
+        raise InputError(
+            f"the tokenizer {path} names Python code that comes with it (auto_map), "
+            "which is never run. If its tokenizer.json says it all, delete `auto_map` "
+            "from a copy of tokenizer_config.json."
+        )
     if not tokenizer.is_fast:
         raise InputError(
             f"the tokenizer {path} has no tokenizer.json and cannot be converted to "

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model families, one file each, and the table that finds one by its config."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lm_scale.errors import InputError
 from lm_scale.models import gpt2, llama, roberta
@@ -48,6 +50,19 @@ def family_of_type(model_type: str | None, source: object) -> Family:
         f"{source}: model_type {model_type!r} is not supported. There are: "
         f"{', '.join(HF_TYPES)}."
     )
+
+
+def refuse_code(config: Mapping[str, Any], source: object) -> None:
+    """InputError if a Hugging Face config names a model class of its own.
+
+    Such code is never run, and without it the model could be another one.
+    """
+    if config.get("auto_map"):
+        raise InputError(
+            f"{source}: the config names Python code that comes with the model "
+            f"(auto_map), which is never run. If it is an ordinary "
+            f"{config.get('model_type')}, delete `auto_map` from a copy of config.json."
+        )
 
 
 def build_model(config: ModelConfig, compute: Compute) -> Model:

@@ -53,7 +53,11 @@ class ModelArguments:
         "Type of the computation; weights and optimizer are float32 either way. "
         "float16 is refused: it needs loss scaling. TPUs want bfloat16.",
     )
-    token: str | None = flag(None, "Token for private models and data of the hub.")
+    token: str | None = flag(
+        None,
+        "Token for private models and data of the hub. Better by HF_TOKEN in the "
+        "environment: all users of a machine see its processes' flags.",
+    )
     trust_remote_code: bool = flag(
         False, "Refused: code from the hub is never executed."
     )
@@ -192,7 +196,9 @@ class TrainingArguments:
     hub_model_id: str | None = flag(
         None, "Repository to upload to. Unset: the name of output_dir."
     )
-    hub_token: str | None = flag(None, "Token that may write to it.")
+    hub_token: str | None = flag(
+        None, "Token that may write to it. Better by HF_TOKEN, as with token."
+    )
     gradient_checkpointing: bool = flag(
         False, "Compute activations again in the backward pass: slower, less memory."
     )
