@@ -29,6 +29,7 @@ setup(
         "orbax-checkpoint>=0.12.8,<1",  # 1.0 replaces CheckpointManager's API
         "grain>=0.2.18",
         "tensorstore>=0.1.80",
+        "etils[epath]>=1.12",
         "transformers>=5",
         "datasets>=5",
         "tokenizers>=0.22",
@@ -40,7 +41,14 @@ setup(
         "jaxtyping>=0.3",
     ],
     extras_require={
-        "test": ["pytest>=9", "beartype>=0.20", "gguf>=0.19"],
+        "test": [
+            "pytest>=9",
+            "beartype>=0.20",
+            "gguf>=0.19",
+            "gcsfs>=2026",
+            "gcp-storage-emulator>=2026",
+        ],
+        "gcs": ["gcsfs>=2026"],
         "tpu": ["jax[tpu]>=0.10.2"],
         "wandb": ["wandb>=0.20"],
         "gpu": ["jax[cuda13]>=0.10.2"],

@@ -26,7 +26,7 @@ import tyro
 
 from lm_scale import __version__
 from lm_scale.cluster import FLAGS_HELP
-from lm_scale.errors import InputError
+from lm_scale.errors import Diverging, InputError
 
 USAGE = f"""\
 lm-scale {__version__}: pre-train language models from text
@@ -45,6 +45,7 @@ usage: lm-scale COMMAND ...
   eval RUN_DIR                          loss on the held-out split
   generate RUN_DIR [--prompt ...]       continue a text, or fill in its masks
   export RUN_DIR [--out FOLDER]         write a Hugging Face model
+  checkpoint list|verify|show DIR       what a run's checkpoints hold, if it is whole
 
 `lm-scale COMMAND --help` tells more; `lm-scale train CONFIG --help` lists every field.
 Try: lm-scale train configs/quickstart.py
@@ -69,7 +70,9 @@ def hear_interrupts() -> None:
             # From a thread and a moment later: at once, it would end this hook only.
             again = (os.getpid(), signal.SIGINT)
             threading.Timer(0.05, os.kill, again).start()
-        else:
+        # After an error of the storage tensorstore calls back, from its own threads,
+        # into a loop that orbax has left: of no use to anybody.
+        elif str(unraisable.exc_value) != "Event loop is closed":
             sys.__unraisablehook__(unraisable)
 
     sys.unraisablehook = hook
@@ -126,7 +129,8 @@ def explain(error: BaseException) -> tuple[int, str | None]:
     """Exit status and message; None: unforeseen, a traceback says more."""
     if isinstance(error, InputError):
         return 2, str(error)
-    if isinstance(error, OSError):  # a full disk, a missing permission: it is named
+    # A full disk, a missing permission, a loss that will not fall: it is named.
+    if isinstance(error, (OSError, Diverging)):
         return 1, str(error)
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted."
@@ -328,6 +332,23 @@ def export(argv: list[str]) -> int:
     return 0
 
 
+def checkpoint(argv: list[str]) -> int:
+    from lm_scale.commands import Checkpoint
+
+    options = arguments(Checkpoint, argv)
+    import jax
+    from rich.console import Console
+
+    from lm_scale import checkpoint_command
+
+    jax.config.update("jax_platforms", "cpu")  # a trainer may have the accelerators
+    console = Console()
+    if options.what == "list":
+        return checkpoint_command.list_(options.where, console)
+    command = getattr(checkpoint_command, options.what)
+    return command(options.where, options.step, console)
+
+
 def rules(argv: list[str]) -> int:
     if argv and argv[0] in ("-h", "--help"):
         print(
@@ -348,7 +369,7 @@ def rules(argv: list[str]) -> int:
     return 0
 
 
-ALONE = ("tokenizer", "config", "rules")  # always a single process
+ALONE = ("tokenizer", "config", "rules", "checkpoint")  # always a single process
 COMMANDS = {
     "rules": rules,
     "train": train,
@@ -358,6 +379,7 @@ COMMANDS = {
     "eval": eval_,
     "generate": generate_,
     "export": export,
+    "checkpoint": checkpoint,
 }
 
 if __name__ == "__main__":

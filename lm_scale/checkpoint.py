@@ -1,144 +1,590 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints: the train state on disk, through Orbax, asynchronously and in shards.
 
-A checkpoint is `<run_dir>/checkpoints/<step>/` with three items: `params` and
-`opt_state` (arrays) and `meta` (JSON: the step, the versions). The folder gets its name
-only when all is written, so one that is listed is whole.
+A checkpoint is `<folder>/<step>/` with three items of arrays, `params`, `opt_state` and
+`counters`, and the manifest (manifest.py): the hash of each shard that was in memory
+among it. It is written last; then only the folder gets its name. Restoring computes the
+hashes again, of what has arrived in memory.
 """
 
+import gc
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
+from absl import logging as absl_logging
+from etils import epath
 
-from lm_scale import __version__
-from lm_scale.errors import InputError, differences, one_line
+from lm_scale import __version__, distributed, manifest
+from lm_scale.checkpoint_folder import CheckpointFolder, to_delete
+from lm_scale.errors import InputError, StorageError, differences, one_line
+from lm_scale.hashing import by_shard, device_hashes, shard_indices, total
+from lm_scale.manifest import ArrayFacts, Manifest
 from lm_scale.sharding import Params
 from lm_scale.step import TrainState
 
-LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")
+T = TypeVar("T")
+LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "tensorstore")
+SAVE_LIMIT = 1200  # s that one save may take
+GRACE = 10.0  # s that a save waits for the one before; then it is passed over
+RETRY, RETRY_AT_MOST = 10.0, 600.0  # s from a failed save to the next try, doubled
+LAST_TRIES = (0, 1, 2, 4, 8)  # s before each try of the last save of a run
+# What says that storage cannot be reached, and nothing of what is in it.
+UNREACHABLE = (
+    "UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED",
+    "RESOURCE_EXHAUSTED", "INTERNAL", "ABORTED", "CANCELLED",
+)  # fmt: skip
+
+# What orbax logs, it raises as well; and of one error it leaves many more unread.
+absl_logging.set_verbosity(absl_logging.FATAL)
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
-def has_checkpoints(run_dir: Path | str) -> bool:
-    """If a run has saved anything; looks at the folder only."""
-    folder = Path(run_dir) / "checkpoints"
-    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+class NoneGood(InputError):
+    """There are checkpoints, but none that can be used."""
 
 
-class Checkpoints:
-    """The checkpoints of one run; a context manager, as leaving waits for writes."""
+class Damaged(ValueError):
+    """A checkpoint cannot be used; the message says why. The same on all processes."""
+
+
+# --- Restoring ------------------------------------------------------------------------
+
+
+def restore(
+    folder: CheckpointFolder,
+    target: TrainState,
+    step: int,
+) -> tuple[TrainState, Manifest]:
+    """The state of a step, onto the mesh of `target`, which is abstract.
+
+    Raises Damaged if what was read is not what was saved, InputError if the arrays
+    have other shapes or types than `target`, OSError if storage cannot be reached.
+    """
+    items, found = _read(folder, step, _items(target))
+    return TrainState(
+        **items["counters"], params=items["params"], opt_state=items["opt_state"]
+    ), found
+
+
+def restore_newest(
+    folder: CheckpointFolder,
+    target: TrainState,
+    tell: Callable[[str], None],
+    *,
+    last: int | None = None,
+) -> tuple[TrainState, Manifest] | None:
+    """The newest good state, not after step `last`; None if there is no folder.
+
+    For the run that owns the folder: a damaged checkpoint is renamed, and told of, and
+    the one before it is taken. Raises NoneGood if that was the last; the rest as
+    `restore`.
+    """
+    aside = []
+    for step in reversed(distributed.from_first(folder.steps())):
+        if last is not None and step > last:
+            continue
+        try:
+            return restore(folder, target, step)
+        except Damaged as error:
+            renamed = distributed.from_first(_set_aside(folder, step))
+            aside.append(renamed)
+            tell(
+                f"WARNING: the checkpoint of step {step} cannot be used: {error}. It "
+                f"is now {renamed}. Trying the one before it."
+            )
+    if aside:
+        raise NoneGood(
+            f"None of the checkpoints in {folder} is good; nothing was deleted: "
+            f"{', '.join(aside)}. Put a good copy there, or start anew with --resume "
+            f"fresh or another `run_dir`."
+        )
+    return None
+
+
+def restore_step(
+    folder: CheckpointFolder, target: TrainState, step: int | None
+) -> tuple[TrainState, Manifest]:
+    """The state of a step, or the newest good one; changes nothing in the folder.
+
+    Raises InputError if there is none, or it cannot be used; the rest as `restore`.
+    """
+    return _first_good(folder, step, lambda number: restore(folder, target, number))
+
+
+def restore_params(
+    folder: CheckpointFolder, target: Params, step: int | None = None
+) -> Params:
+    """The parameters alone; the rest as `restore_step`."""
+    return _first_good(
+        folder, step,
+        lambda number: _read(folder, number, {"params": target})[0]["params"],
+    )  # fmt: skip
+
+
+def _first_good(
+    folder: CheckpointFolder, step: int | None, read: Callable[[int], T]
+) -> T:
+    steps = distributed.from_first(folder.steps())
+    if step is not None and step not in steps:
+        there = f"there are {', '.join(map(str, steps))}" if steps else "there is none"
+        raise InputError(f"There is no checkpoint of step {step} in {folder}; {there}.")
+    problems = []
+    for number in reversed(steps) if step is None else [step]:
+        try:
+            return read(number)
+        except Damaged as error:
+            problems.append(f"that of step {number} cannot be used: {error}")
+            if distributed.index() == 0:
+                print(f"WARNING: in {folder}, {problems[-1]}.", file=sys.stderr)
+    if not problems:
+        raise InputError(f"There is no checkpoint in {folder}. Train first.")
+    raise NoneGood(f"There is no good checkpoint in {folder}: {problems[0]}.")
+
+
+def _set_aside(folder: CheckpointFolder, step: int) -> str | None:
+    if distributed.index() > 0:
+        return None
+    return folder.set_aside(step, "damaged").name
+
+
+def _read(
+    folder: CheckpointFolder, step: int, target: dict[str, Any]
+) -> tuple[dict[str, Any], Manifest]:
+    """These items of a checkpoint, checked; see `restore` for what is raised."""
+    if problem := distributed.from_first(_problem(folder, step)):
+        raise Damaged(problem)
+    distributed.see(folder / step / manifest.NAME)
+    found = folder.manifest(step)
+    check_arrays(found, _named(target), str(folder / step))
+    items, problem = {}, None
+    try:
+        # Not by a Checkpointer, which ends with all processes waiting for one another:
+        # one that cannot read would leave the others there.
+        restored: Any = ocp.CompositeCheckpointHandler().restore(
+            folder / step, args=_composite(ocp.args.StandardRestore, target)
+        )
+        items = {name: restored[name] for name in target}
+    except Exception as error:  # of which kind, depends on where orbax stumbles
+        if not _is_damage(error):
+            raise OSError(
+                f"Cannot read {folder / step}: {one_line(error):.300}"
+            ) from error
+        problem = f"it cannot be read ({one_line(error):.120})"
+    if problem is not None:
+        gc.collect()  # coroutines that orbax left half done, noisy when Python ends
+    for told in distributed.everyone(problem):
+        if told is not None:
+            raise Damaged(told)
+    if altered := _altered(_named(items), found):
+        raise Damaged(altered)
+    return items, found
+
+
+def _is_damage(error: Exception) -> bool:
+    """If an error comes from what is stored, and not from how it is reached.
+
+    Orbax raises an Exception of no kind of its own where data cannot be decoded.
+    """
+    kinds = (ValueError, KeyError, FileNotFoundError)
+    text = f"{error} {error.__cause__}"
+    reachable = not any(word in text for word in UNREACHABLE)
+    return reachable and (type(error) is Exception or isinstance(error, kinds))
+
+
+def open_array(path: epath.Path, name: str) -> ts.TensorStore:
+    """An array of a checkpoint by its path, such as params.blocks.qkv, to be read.
+
+    ValueError if it is not there.
+    """
+    item, _, rest = name.partition(".")
+    where = str(path / item)
+    base = f"file://{where}/" if manifest.is_local(path) else f"{where}/"
+    kvstore = {"driver": "ocdbt", "base": base, "path": f"{rest}/"}
+    once = {"recheck_cached_data": False, "recheck_cached_metadata": False}
+    return ts.open({"driver": "zarr", "kvstore": kvstore, **once}, read=True).result()
+
+
+def _problem(folder: CheckpointFolder, step: int) -> str | None:
+    """What process 0 can see is wrong, without reading the arrays."""
+    if distributed.index() > 0:
+        return None
+    try:
+        manifest.check_files(folder.manifest(step), folder / step)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def check_arrays(found: Manifest, wanted: Mapping[str, Any], where: str) -> None:
+    """InputError naming each array that a checkpoint has otherwise than wanted."""
+    items = {path.partition(".")[0] for path in wanted}
+    there = {
+        path: f"{facts.dtype}{list(facts.shape)}"
+        for path, facts in found.arrays.items()
+        if path.partition(".")[0] in items
+    }
+    here = {path: f"{x.dtype}{list(x.shape)}" for path, x in wanted.items()}
+    wrong = differences(there, here)
+    if wrong:
+        listed = "\n".join(f"  {line}" for line in wrong[:12])
+        more = f"\n  and {len(wrong) - 12} more" if len(wrong) > 12 else ""
+        raise InputError(
+            f"{where} is not a checkpoint of this model and optimizer:\n{listed}{more}"
+            f"\nGive their config, or another `run_dir`."
+        )
+
+
+def _altered(arrays: Mapping[str, jax.Array], found: Manifest) -> str | None:
+    """Which of the arrays in memory is not what was saved; None: none of them."""
+    for path, shards in _hashes(arrays).items():
+        saved = found.arrays[path].shards
+        wrong = [name for name, value in saved.items() if shards.get(name) != value]
+        if shards.keys() == saved.keys() and wrong:
+            path = f"{path}[{manifest.name_of(wrong[0])}]"
+        if total(shards) != total(saved):
+            return f"the data of {path} are not what was saved"
+    return None
+
+
+def _hashes(arrays: Mapping[str, jax.Array]) -> dict[str, dict[manifest.Index, int]]:
+    return _by_shard(arrays, np.asarray(_start_hashes(arrays)))
+
+
+def _start_hashes(arrays: Mapping[str, jax.Array]) -> jax.Array:
+    (mesh,) = {x.sharding.mesh for x in arrays.values()}  # pyright: ignore
+    with jax.set_mesh(mesh):
+        return device_hashes(list(arrays.values()))
+
+
+def _by_shard(
+    arrays: Mapping[str, Any], hashes: np.ndarray
+) -> dict[str, dict[manifest.Index, int]]:
+    return {
+        path: by_shard(row, shard_indices(x.sharding, x.shape))
+        for (path, x), row in zip(arrays.items(), hashes, strict=True)
+    }
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """The state as the items of a checkpoint."""
+    counters = {
+        name: value
+        for name, value in vars(state).items()
+        if name not in ("params", "opt_state")
+    }
+    return {
+        "params": state.params,
+        "opt_state": state.opt_state,
+        "counters": counters,
+    }
+
+
+def _agreed(work: Callable[[], Any]) -> str | None:
+    """Does it on each process; what went wrong on the first that failed, for all."""
+    problem = None
+    try:
+        work()
+    except Exception as error:
+        problem = one_line(error)
+    return next((told for told in distributed.everyone(problem) if told), None)
+
+
+def _composite(kind: Callable[..., Any], items: Mapping[str, Any]) -> Any:
+    """Orbax's arguments to save, or restore, these items together."""
+    return ocp.args.Composite(**{name: kind(item) for name, item in items.items()})
+
+
+def _named(items: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays by their paths, such as params.blocks.qkv."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): value
+        for path, value in jax.tree_util.tree_leaves_with_path(dict(items))
+    }
+
+
+# --- Saving ---------------------------------------------------------------------------
+
+
+class Saver:
+    """Writes a run's checkpoints, one at a time, in the background.
+
+    All processes call the same methods in the same order. A failed save ends nothing:
+    `poll` tells of it, and `due` says when to try again. Only the last one, `finish`,
+    raises. A context manager: leaving waits for what is being written.
+
+    Args:
+        keep, keep_every, keep_best: see `to_delete`.
+        config, tokens: go into each manifest.
+        tell: gets each line for a person.
+        noted: called with the step when a checkpoint is whole, on process 0.
+    """
 
     def __init__(
         self,
-        run_dir: Path | str,
+        folder: CheckpointFolder,
         *,
         keep: int | None = None,
-        tokens: dict[str, Any] | None = None,
+        keep_every: int | None = None,
+        keep_best: bool = False,
+        config: Mapping[str, Any] | None = None,
+        tokens: Mapping[str, Any] | None = None,
+        tell: Callable[[str], None] = print,
+        noted: Callable[[int], None] = lambda step: None,
     ):
-        """For reading only the first argument is needed.
+        self.folder, self.tell, self.noted = folder, tell, noted
+        self.retention = {
+            "keep": keep, "keep_every": keep_every, "keep_best": keep_best,
+        }  # fmt: skip
+        self.config, self.tokens = dict(config or {}), dict(tokens or {})
+        self.saved: int | None = None  # the newest step that is on disk
+        self.failures = 0  # saves that have failed since one has not
+        self.passed_over = 0  # saves that were due while another was being written
+        self._losses: dict[int, float | None] = {}  # of our checkpoints, on process 0
+        self._retry_at = math.inf
+        self._running: tuple[int, float, Future] | None = None  # step, start, end
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self._number = 0  # of saves that were begun
+        self._seal: Callable[[], None] = lambda: None
+        self._checkpointer = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(),
+            async_options=ocp.AsyncOptions(
+                timeout_secs=SAVE_LIMIT,
+                barrier_sync_fn=self._meet if distributed.count() > 1 else None,
+                # When all processes have written, and before the folder has its name.
+                post_finalization_callback=lambda: self._seal(),
+            ),
+        )
 
-        keep: so many of the newest stay on disk; None: all.
-        tokens: fingerprint of the training tokens, which goes into each checkpoint.
-        """
-        self.tokens = tokens
-        self.directory = Path(run_dir).resolve() / "checkpoints"
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self.manager = ocp.CheckpointManager(self.directory, options=options)
-
-    def __enter__(self) -> "Checkpoints":
+    def __enter__(self) -> "Saver":
+        if distributed.index() == 0:
+            self.folder.path.mkdir(parents=True, exist_ok=True)
+            self.folder.clean()
         return self
 
     def __exit__(self, kind, *exception) -> None:
         # After a failure of one process it would wait for others that may be dead.
-        if kind is None or jax.process_count() == 1:
-            self.manager.close()  # waits
+        if kind is None or distributed.count() == 1:
+            self.wait()
+            self._checkpointer.close()
+        self._thread.shutdown(wait=False)
 
-    def latest(self) -> int | None:
-        """The newest step, or None."""
-        return self.manager.latest_step()
+    def adopt(self, step: int) -> None:
+        """Begins with what is in the folder, of which that step was just restored."""
+        self.saved = step
+        if distributed.index() == 0:
+            found = self.folder.manifests()
+            self._losses = {step: x.eval_loss for step, x in found.items()}
 
-    def save(self, state: TrainState) -> None:
-        """Starts to write the state; returns when it is copied and may be donated."""
+    def save(
+        self,
+        state: TrainState,
+        *,
+        eval_loss: float | None = None,
+        left_out: tuple[tuple[int, int], ...] = (),
+    ) -> None:
+        """Starts to write the state; returns when it is copied and may be donated.
+
+        eval_loss: the held-out loss of these weights. left_out: see `Manifest`.
+        Passes over a save that is due while another is still being written.
+        """
+        self.poll()
         step = int(state.step)
-        if step == self.latest():
+        if distributed.from_first(step == self.saved):
             return
-        versions = {name: version(name) for name in LIBRARIES}
-        versions["lm_scale"] = __version__
-        self.manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                opt_state=ocp.args.StandardSave(state.opt_state),
-                meta=ocp.args.JsonSave(
-                    {
-                        "step": step,
-                        "skipped": int(state.skipped),
-                        "versions": versions,
-                        "tokens": self.tokens,
-                    }
-                ),
-            ),
+        if any(distributed.everyone(self._busy(step))):
+            return
+        if eval_loss is not None and not math.isfinite(eval_loss):
+            eval_loss = None
+        items = _items(state)
+        hashes: Future[jax.Array] = Future()
+        self._seal = self._sealing(step, items, hashes, eval_loss, left_out)
+        self._number += 1
+        start = time.monotonic()
+        first = distributed.index() == 0
+        problem = _agreed(lambda: self.folder.make_way(step) if first else None)
+        problem = problem or _agreed(
+            lambda: self._checkpointer.save(
+                self.folder / step, args=_composite(ocp.args.StandardSave, items)
+            )
         )
+        if problem is None:
+            # After the copying, with which it would compete; the devices come to it
+            # before the next step.
+            hashes.set_result(_start_hashes(_named(items)))
+        else:  # what another process has begun must not wait for this one
+            hashes.set_exception(OSError(problem))
+            distributed.give_up(self._failed, problem)
+        ended = self._thread.submit(self._conclude, step, eval_loss, problem)
+        self._running = step, start, ended
+
+    @property
+    def _failed(self) -> str:
+        """The key by which processes tell that they cannot end the present save."""
+        return f"save/{self._number}/failed"
+
+    def _meet(self, *, key: str, timeout_ms: int) -> None:
+        """Orbax's barrier between the processes that write a checkpoint."""
+        distributed.meet(f"save/{key}", self._failed, timeout_ms / 1000)
+
+    def _sealing(
+        self,
+        step: int,
+        items: Mapping[str, Any],
+        hashes: "Future[jax.Array]",
+        eval_loss: float | None,
+        left_out: tuple[tuple[int, int], ...],
+    ) -> Callable[[], None]:
+        """What writes the manifest, when all data are written."""
+        # The arrays are donated next: only what describes them is kept.
+        shapes = {
+            path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+            for path, x in _named(items).items()
+        }
+
+        def seal() -> None:
+            facts = {
+                path: ArrayFacts(shapes[path].shape, str(shapes[path].dtype), shards)
+                for path, shards in _by_shard(
+                    shapes, np.asarray(hashes.result())
+                ).items()
+            }
+            versions = {name: version(name) for name in LIBRARIES}
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            filled = Manifest(
+                step=step, time=now, config=self.config, tokens=self.tokens,
+                left_out=left_out, eval_loss=eval_loss, arrays=facts, files={},
+                versions={"lm_scale": __version__, **versions},
+            )  # fmt: skip
+            manifest.write(filled, self.folder.being_written(step))
+
+        return seal
+
+    def _busy(self, step: int) -> bool:
+        """If another save is under way, and does not end soon; tells so."""
+        if self._running is None or self._running[0] == step:
+            return self._running is not None
+        other, start, ended = self._running
+        wait([ended], timeout=GRACE)
+        if ended.done():
+            return False
+        self.passed_over += 1
+        self.tell(
+            f"Step {step} is not saved: step {other} is still being written, since "
+            f"{time.monotonic() - start:.0f} s."
+        )
+        return True
+
+    def _conclude(self, step: int, eval_loss: float | None, problem: str | None):
+        """In a thread: waits for the writing, then lets older checkpoints go."""
+        try:
+            self._checkpointer.wait_until_finished()
+            if problem is not None:
+                raise OSError(problem)
+        except BaseException as error:
+            distributed.give_up(self._failed, f"{one_line(error):.300}")
+            if distributed.index() == 0:  # it takes space that the next try needs
+                self._remove_unfinished()
+            raise
+        if distributed.index() > 0:
+            return
+        self._losses[step] = eval_loss
+        # Whatever goes wrong from here on, the checkpoint is whole.
+        try:
+            self.noted(step)
+        except Exception as error:
+            self.tell(f"WARNING: step {step} was saved, but {one_line(error):.200}")
+        for old in to_delete(self._losses, **self.retention):
+            del self._losses[old]
+            try:
+                self.folder.delete(old)
+            except FileNotFoundError:
+                pass  # somebody else has let it go
+            except Exception as error:
+                self.tell(f"WARNING: step {old} stays on disk: {one_line(error):.200}")
+
+    def _remove_unfinished(self) -> None:
+        try:
+            self.folder.clean()
+        except OSError:
+            pass
+
+    def poll(self) -> None:
+        """Tells of a save that has failed since the last call; never waits."""
+        if self._running is None or not self._running[2].done():
+            return
+        (step, _, ended), self._running = self._running, None
+        error = ended.exception()
+        if error is None:
+            self.saved, self.failures = step, 0
+            return
+        self.failures += 1
+        pause = min(RETRY * 2 ** (self.failures - 1), RETRY_AT_MOST)
+        self._retry_at = time.monotonic() + pause
+        text = (
+            f"WARNING: step {step} could NOT be saved ({one_line(error):.300}). The "
+            f"newest checkpoint is {self._newest()}. The run goes on, and tries again "
+            f"in {pause:.0f} s."
+        )
+        self.tell(text)
+        if distributed.index() > 0:  # whose `tell` may be silent
+            print(f"{distributed.prefix()}{text}", file=sys.stderr, flush=True)
+
+    @property
+    def idle(self) -> bool:
+        """If nothing is being written, as far as this process knows."""
+        return self._running is None
+
+    @property
+    def due(self) -> bool:
+        """If a save has failed, long enough ago to try again."""
+        return self.failures > 0 and self.idle and time.monotonic() >= self._retry_at
 
     def wait(self) -> None:
-        """Until all that was saved is on disk; raises if it could not be written."""
-        self.manager.wait_until_finished()
+        """Until nothing is being written."""
+        if self._running is not None:
+            wait([self._running[2]])
+        self.poll()
 
-    def restore(self, target: TrainState, step: int | None = None) -> TrainState:
-        """The state of a step (None: the newest).
+    def finish(self, state: TrainState, **facts: Any) -> None:
+        """Saves the state, if it is not, and waits; `facts` as for `save`.
 
-        `target` is abstract and says where each shard goes.
-        Raises InputError if it was trained on other tokens than `tokens` says.
+        Raises StorageError when it could not be saved after several tries.
         """
-        restored = self._restore(
-            step,
-            params=ocp.args.StandardRestore(target.params),
-            opt_state=ocp.args.StandardRestore(target.opt_state),
-            meta=ocp.args.JsonRestore(),
-        )
-        found = differences(restored["meta"]["tokens"] or {}, self.tokens or {})
-        if found:
-            raise InputError(
-                f"The checkpoints in {self.directory} were trained on other tokens "
-                f"({'; '.join(found)}). Restore the token store that they belong to."
+        step = int(state.step)
+        for pause in LAST_TRIES:
+            self.wait()
+            if all(distributed.everyone(self.saved == step)):
+                return
+            time.sleep(pause)
+            self.save(state, **facts)
+        self.wait()
+        if not all(distributed.everyone(self.saved == step)):
+            raise StorageError(
+                f"Step {step}, the last, could not be saved in {self.folder}: what is "
+                f"wrong is said above. The newest checkpoint is {self._newest()}; the "
+                f"same command goes on from there."
             )
-        number = jax.device_put(restored["meta"]["step"], target.step.sharding)
-        number = number.astype(target.step.dtype)
-        skipped = restored["meta"].get("skipped", 0)  # checkpoints of 0.1 have none
-        skipped = jax.device_put(skipped, target.skipped.sharding)
-        skipped = skipped.astype(target.skipped.dtype)
-        return TrainState(number, skipped, restored["params"], restored["opt_state"])
 
-    def restore_params(self, target: Params, step: int | None = None) -> Params:
-        """The parameters alone, of a step (None: the newest)."""
-        return self._restore(step, params=ocp.args.StandardRestore(target))["params"]
+    def _newest(self) -> str:
+        return "none" if self.saved is None else f"step {self.saved}"
 
-    def _restore(self, step: int | None, **items: Any) -> Any:
-        """These items of a checkpoint; InputError if it is missing or damaged."""
-        step = self.newest() if step is None else step
-        if step not in self.manager.all_steps():
-            raise InputError(
-                f"There is no checkpoint of step {step} in {self.directory}; "
-                f"there are {', '.join(map(str, self.manager.all_steps()))}."
-            )
-        try:
-            return self.manager.restore(step, args=ocp.args.Composite(**items))
-        except (KeyError, ValueError, OSError) as error:
-            older = [number for number in self.manager.all_steps() if number < step]
-            way_out = f"go on from step {max(older)}" if older else "start anew"
-            raise InputError(
-                f"The checkpoint {self.directory / str(step)} is damaged, or of "
-                f"another model: {one_line(error):.200}\n"
-                f"Move that folder away to {way_out}."
-            ) from error
-
-    def newest(self) -> int:
-        """The newest step; InputError if there is none."""
-        step = self.latest()
-        if step is None:
-            raise InputError(
-                f"There is no checkpoint in {self.directory}. Train first."
-            )
-        return step
+    def forget_after(self, step: int) -> None:
+        """Sets aside the checkpoints after a step: the run goes on from there."""
+        self.wait()
+        self.saved = step
+        if distributed.index() == 0:
+            for later in [s for s in reversed(self.folder.steps()) if s > step]:
+                self.folder.set_aside(later, "rolled-back")
+                self._losses.pop(later, None)
+        distributed.from_first(None)

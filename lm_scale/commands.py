@@ -2,7 +2,7 @@
 """The options of the commands that take no config file, for tyro to parse."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
@@ -37,6 +37,23 @@ class Config:
     # Of the config.json, such as resid_pdrop=0.0
     overrides: Annotated[Positional[tuple[str, ...]], arg(metavar="KEY=VALUE ...")] = ()
     overwrite: bool = False  # replace a config.json of another content
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Shows what is in a run's checkpoints, and checks it.
+
+    list: each checkpoint, its size and its state. verify: reads all data, and compares
+    them with the hashes that were taken in memory. show: what one holds, and the run's
+    config. Exit status 1 if one cannot be used.
+    """
+
+    what: Annotated[
+        Positional[Literal["list", "verify", "show"]], arg(metavar="list|verify|show")
+    ]
+    # The folder of a run, of its checkpoints, or of one of them; gs://... too.
+    where: Annotated[Positional[str], arg(metavar="DIR")]
+    step: int | None = None  # of this checkpoint only
 
 
 @dataclass(frozen=True)

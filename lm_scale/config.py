@@ -87,6 +87,13 @@ class RunConfig:
     eval_at_end: bool = True
     save_every: int | None = 1000  # steps between checkpoints; None: at the end only
     keep: int | None = 2  # newest checkpoints that stay on disk; None: all
+    keep_every: int | None = None  # those of multiples of so many steps stay for good
+    keep_best: bool = False  # the one with the lowest held-out loss stays too
+    # Where checkpoints are: a folder or gs://bucket/path. None: <run_dir>/checkpoints
+    checkpoint_dir: str | None = None
+    # auto: go on with the newest good checkpoint, if the run has any. must: fail if
+    # there is none. fresh: start anew where all are damaged or gone.
+    resume: Literal["auto", "must", "fresh"] = "auto"
     hub: str | None = None  # hub repository that each checkpoint's model is uploaded to
     stop_at: int | None = None  # stop and save after this step; without it, go on
     # Seconds that a step, or a batch of an evaluation, may take until the run is ended
@@ -98,7 +105,9 @@ class RunConfig:
     def check(self) -> None:
         """InputError for what cannot work on any devices, before any long work."""
         counts = ("seq_len", "batch", "eval_batch", "accumulate", "log_every", "keep")
-        times = ("steps", "epochs", "eval_every", "save_every", "stop_at")
+        times = (
+            "steps", "epochs", "eval_every", "save_every", "keep_every", "stop_at",
+        )  # fmt: skip
         of_data = ("max_train_examples", "max_eval_examples", "workers")
         for part, name in [
             *[(self, name) for name in counts + times],
@@ -215,6 +224,11 @@ class RunConfig:
     def evaluates(self) -> bool:
         """If held-out text is needed."""
         return self.eval_at_end or self.eval_every is not None
+
+    @property
+    def checkpoints(self) -> str:
+        """Folder of the checkpoints, or its address in an object store."""
+        return self.checkpoint_dir or str(Path(self.run_dir) / "checkpoints")
 
     @property
     def store_dir(self) -> str:

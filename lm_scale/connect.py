@@ -49,7 +49,7 @@ def _join(place: Place) -> None:
     timer = threading.Timer(place.start_timeout, _give_up, (place,))
     timer.daemon = True
     timer.start()
-    # It would take SIGTERM for itself, whatever the process does; see StopVote.
+    # It would take SIGTERM for itself, whatever the process does; see Vote.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(

@@ -7,6 +7,7 @@ of jax.distributed, which needs no devices. Process 0 alone prints and writes fi
 With a single process nothing here does anything, but that `end_run` ends it.
 """
 
+import enum
 import faulthandler
 import itertools
 import json
@@ -28,6 +29,7 @@ from jax.sharding import Mesh, NamedSharding
 from lm_scale.errors import InputError
 
 T = TypeVar("T")
+AnyPath = TypeVar("AnyPath")
 VISIBLE = 60  # s that a network file system may take to show another machine's files
 ENDING = 15.0  # s that a process may take to tell the others that it ends
 _calls = itertools.count()  # the same call has the same number on every process
@@ -113,6 +115,15 @@ def from_first(value: T) -> T:
     return _get(key)
 
 
+def everyone(value: T) -> list[T]:
+    """All processes' values (of JSON), by process; waits for all of them."""
+    if count() == 1:
+        return [value]
+    call = next(_calls)
+    _set(f"{call}/{index()}", value)
+    return [_get(f"{call}/{process}") for process in range(count())]
+
+
 def on_first(work: Callable[[], Any]) -> None:
     """Process 0 does it; the others wait, however long it takes."""
     if index() == 0:
@@ -134,7 +145,43 @@ def check_shared(folder: Path) -> None:
             mark.unlink()
 
 
-def see(path: Path) -> Path:
+def meet(key: str, failed: str, seconds: float) -> None:
+    """Waits for all processes to come here, with the same key, from any thread.
+
+    Raises RuntimeError once one of them has called `give_up(failed)`, TimeoutError if
+    one has not come after so many seconds.
+    """
+    _set(f"{key}/{index()}", None)
+    end = time.monotonic() + seconds
+    for process in range(count()):
+        while not _is_set(f"{key}/{process}"):
+            if _is_set(failed):
+                raise RuntimeError(_get(failed))
+            if time.monotonic() > end:
+                raise TimeoutError(f"process {process} has not come")
+            time.sleep(0.05)
+
+
+def give_up(failed: str, why: str) -> None:
+    """Tells those who `meet` that this process will not come."""
+    if count() > 1 and not _is_set(failed):
+        try:
+            _set(failed, f"process {index()}: {why}")
+        except jax.errors.JaxRuntimeError:
+            pass  # another one was first
+
+
+def _is_set(key: str) -> bool:
+    try:
+        _client().key_value_try_get(f"lm_scale/{key}")
+        return True
+    except jax.errors.JaxRuntimeError as error:
+        if "NOT_FOUND" not in str(error):
+            raise
+        return False
+
+
+def see(path: AnyPath) -> AnyPath:
     """The path, once this process sees it; InputError if it does not."""
     if not _appears(path):
         raise InputError(
@@ -144,7 +191,7 @@ def see(path: Path) -> Path:
     return path
 
 
-def _appears(path: Path) -> bool:
+def _appears(path: Any) -> bool:
     end = time.monotonic() + VISIBLE
     while not path.exists():
         if time.monotonic() > end:
@@ -173,36 +220,56 @@ def _get(key: str) -> Any:
                 raise
 
 
-class StopVote:
-    """Whether any process was told to stop: the same answer, at the same step, for all.
+# --- Voting ---------------------------------------------------------------------------
+
+
+class Request(enum.IntEnum):
+    """What a process asks all to do after a step; of several the largest is done."""
+
+    NONE = 0
+    SAVE = 1  # again, as the last save has failed
+    ROLL_BACK = 2
+    STOP = 3
+
+
+class Vote:
+    """What to do after a step: the same answer, at the same step, for all processes.
 
     Every process calls it once a step. With several, the devices find the answer (a
     maximum over all of them, queued behind the step), and it is read one call late, as
     the metrics are: nobody waits. jax's own service for this hears SIGTERM but not
-    Ctrl-C, and swallows a SIGTERM that comes before the loop.
+    Ctrl-C, and swallows a SIGTERM that comes before the loop. Once it is to stop, it
+    stays so.
     """
 
-    def __init__(self, told: threading.Event, mesh: Mesh):
-        self.told, self.stopped = told, False
+    def __init__(self, wanted: Callable[[], Request], mesh: Mesh):
+        self.wanted, self.stopped = wanted, False
         self._asked: jax.Array | None = None
         if count() > 1:
             sharding = NamedSharding(mesh, jax.P(mesh.axis_names))
-            self._ballots = [
-                jax.make_array_from_callback(
-                    (mesh.size,), sharding, lambda _, vote=vote: np.array([vote])
+            self._ballots = {
+                request: jax.make_array_from_callback(
+                    (mesh.size,),
+                    sharding,
+                    lambda _, request=request: np.array([request]),
                 )
-                for vote in (0, 1)
-            ]
-            self._any = jax.jit(jnp.max)
+                for request in Request
+            }
+            self._most = jax.jit(jnp.max)
 
-    def __call__(self) -> bool:
+    def reset(self) -> None:
+        """Forgets what was asked last: the run has gone back since."""
+        self._asked = None
+
+    def __call__(self) -> Request:
         if count() == 1:
-            self.stopped = self.told.is_set()
-            return self.stopped
-        former = self._asked
-        self._asked = self._any(self._ballots[self.told.is_set()])
-        self.stopped = self.stopped or (former is not None and bool(former))
-        return self.stopped
+            answer = self.wanted()
+        else:
+            former = self._asked
+            self._asked = self._most(self._ballots[self.wanted()])
+            answer = Request.NONE if former is None else Request(int(former))
+        self.stopped = self.stopped or answer is Request.STOP
+        return Request.STOP if self.stopped else answer
 
 
 # --- Ending ---------------------------------------------------------------------------

@@ -13,6 +13,14 @@ class InputError(ValueError):
     """
 
 
+class Diverging(RuntimeError):
+    """Training cannot go on sensibly; the message is complete by itself."""
+
+
+class StorageError(OSError):
+    """What was to be kept could not be written; the message is complete by itself."""
+
+
 def one_line(error: BaseException) -> str:
     """What an error of a library says, without its line breaks; else its type's name.
 

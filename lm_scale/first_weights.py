@@ -9,12 +9,13 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from lm_scale import distributed, hf
-from lm_scale.checkpoint import Checkpoints, has_checkpoints
+from lm_scale.checkpoint import restore_params
+from lm_scale.checkpoint_folder import has_checkpoints
 from lm_scale.config import RunConfig
 from lm_scale.console import say
 from lm_scale.errors import InputError
 from lm_scale.models import Model, ModelConfig
-from lm_scale.run_json import read_run, resume_point, steps_in
+from lm_scale.run_json import checkpoints_of, read_run, resume_point
 from lm_scale.sharding import Params, abstract_params
 from lm_scale.warm_start import adapt, check_source, differences, source_model
 from lm_scale.weight_files import check_weights
@@ -43,11 +44,10 @@ def find_source(config: RunConfig) -> Source:
     its hub. Raises InputError if there is no such thing.
     """
     folder, step = resume_point(str(config.init_from))
-    is_run = (folder / "run.json").exists() and has_checkpoints(folder)
-    if step is None and not is_run:
+    steps = checkpoints_of(folder).steps() if (folder / "run.json").exists() else []
+    if step is None and not steps:
         folder = hf.fetch(str(config.init_from), cache_dir=config.data.cache_dir)
         return Source(folder, None, hf.read_config(folder))
-    steps = steps_in(folder) if is_run else []
     if step is not None and step not in steps:
         raise InputError(
             f"init_from = {config.init_from!r}: there is no such checkpoint of a run. "
@@ -61,7 +61,7 @@ def check_init_from(config: RunConfig) -> None:
     try:
         source = find_source(config)
     except InputError:
-        if has_checkpoints(config.run_dir):
+        if has_checkpoints(config.checkpoints):
             return  # the run goes on without them, and they may be gone by now
         raise
     check_source(source.model, config.model, config.init, source.folder)
@@ -87,8 +87,7 @@ def read_weights(
     else:
         step = distributed.from_first(source.step)  # a newer one may have come since
         target = abstract_params(read_as, read_as.compute.rules, mesh)
-        with Checkpoints(source.folder) as saved:
-            params = saved.restore_params(target, step)
+        params = restore_params(checkpoints_of(source.folder), target, step)
     if not changes:
         return params
     return jax.jit(lambda given: adapt(given, model, init, config.seed))(params)

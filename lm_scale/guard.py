@@ -36,10 +36,13 @@ class Guard:
     spike: float | None = 10.0
     window: int = 200  # rollback: batches left out, the offending one the last of them
     rollbacks: int = 3  # so many at most, then the run ends
+    # Steps after which devices that hold the same weights compare them, by a hash, as
+    # they do before each save then; a run whose copies differ ends. None: never.
+    check_replicas: int | None = None
 
     def __post_init__(self):
-        for name in ("patience", "window", "rollbacks"):
-            if getattr(self, name) < 1:
+        for name in ("patience", "window", "rollbacks", "check_replicas"):
+            if (getattr(self, name) or 1) < 1:
                 raise InputError(
                     f"guard.{name} = {getattr(self, name)}: expected a number above 0."
                 )

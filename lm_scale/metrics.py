@@ -211,6 +211,18 @@ class MetricsLogger:
             text = " | ".join(f"{name} {number(x)}" for name, x in metrics.items())
             self.print(f"step {step}/{self.total_steps} | eval: {text}")
 
+    def go_back(self, step: int) -> None:
+        """The run goes on from an earlier step: what was logged after it is dropped."""
+        self.__exit__(None, None, None)
+        self.start_step = step
+        self.__enter__()
+
+    def log_rollback(self, step: int, facts: Mapping[str, Any]) -> None:
+        """Writes to metrics.jsonl that the run has gone back to `step`, and why."""
+        if self.enabled:
+            line = {"step": step, "unix_time": time.time(), "kind": "rollback", **facts}
+            self._append(line)
+
     def has_eval(self, step: int) -> bool:
         """If the run, this process or a former one, has logged an evaluation there."""
         return step in self.eval_steps
@@ -271,6 +283,13 @@ class MetricsLogger:
             for name, value in metrics.items():
                 self.tensorboard.add_scalar(f"{kind}_{name}", float(value), step)
 
+    def _append(self, line: Mapping[str, Any]) -> None:
+        try:
+            self.jsonl.write(json.dumps(line, allow_nan=False) + "\n")
+            self.jsonl.flush()  # a killed run keeps its lines
+        except OSError as error:  # training is worth more than a line about it
+            self.print(f"WARNING: metrics.jsonl lacks step {line['step']}: {error}")
+
     def _write(self, step: int, kind: str, metrics: dict[str, float]) -> None:
         line: dict[str, Any] = {"step": step, "unix_time": time.time(), "kind": kind}
         scalars = {}
@@ -278,8 +297,7 @@ class MetricsLogger:
             value = value if isinstance(value, int) else float(value)  # or numpy's
             line[name] = value if math.isfinite(value) else None  # JSON has no NaN
             scalars[f"{kind}_{name}"] = value
-        self.jsonl.write(json.dumps(line, allow_nan=False) + "\n")
-        self.jsonl.flush()  # a killed run keeps its lines
+        self._append(line)
         if self.wandb is not None:
             self.wandb.log(scalars, step)
 

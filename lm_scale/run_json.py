@@ -14,13 +14,15 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from etils import epath
 from rich.console import Console
 
 from lm_scale.changes import Changes, compare, covers
-from lm_scale.checkpoint import has_checkpoints
+from lm_scale.checkpoint_folder import CheckpointFolder, has_checkpoints
 from lm_scale.config import RunConfig
 from lm_scale.console import say
 from lm_scale.errors import InputError, flatten
+from lm_scale.manifest import is_local
 from lm_scale.models import build_model
 from lm_scale.sharding import declarations
 
@@ -30,15 +32,15 @@ FREE = (
     "run_dir", "mesh", "simulated_devices", "compute.remat", "compute.offload",
     "compute.unroll", "compute.loss_chunk", "compute.rules", "compute.attention",
     "log_every", "log_first", "report_to", "eval_every", "eval_batch", "eval_at_end",
-    "save_every", "keep", "hub", "stop_at", "sample_prompt", "resume_from",
-    "step_limit", "wait_limit", "override", "guard", "data.store", "data.cache_dir",
-    "data.workers", "data.corpus.streaming",
+    "save_every", "keep", "keep_every", "keep_best", "checkpoint_dir", "resume", "hub",
+    "stop_at", "sample_prompt", "resume_from", "step_limit", "wait_limit", "override",
+    "guard", "data.store", "data.cache_dir", "data.workers", "data.corpus.streaming",
 )  # fmt: skip
 
 # What of these says nothing about what the run does from here on.
 SILENT = (
-    "run_dir", "simulated_devices", "stop_at", "resume_from", "override", "data.store",
-    "data.cache_dir", "data.workers",
+    "run_dir", "simulated_devices", "stop_at", "resume_from", "override", "resume",
+    "checkpoint_dir", "data.store", "data.cache_dir", "data.workers",
 )  # fmt: skip
 
 # What an evaluation does not depend on, besides.
@@ -105,16 +107,14 @@ def check_run_dir(config: RunConfig, free: tuple[str, ...] = FREE) -> None:
     """
     check_override(config)
     folder = Path(config.run_dir)
-    if set("[]") & set(str(folder.absolute())):
-        raise InputError(
-            f"run_dir = {config.run_dir!r}: the path {folder.absolute()} holds a "
-            f"bracket, with which orbax loses checkpoints. Give a path without."
-        )
-    checkpoints = folder / "checkpoints"  # made when the first one is saved
+    for name, value in vars(config).items():
+        if name in ("run_dir", "checkpoint_dir") and value is not None:
+            check_brackets(name, value)
     cache = [Path(config.data.cache_dir)] if config.data.cache_dir else []
-    for path in (folder, Path(config.store_dir), *cache, checkpoints):
-        if path == checkpoints and not path.exists():
-            continue
+    checkpoints = epath.Path(config.checkpoints)
+    if is_local(checkpoints) and checkpoints.exists():  # made with the first one
+        cache.append(Path(checkpoints))
+    for path in (folder, Path(config.store_dir), *cache):
         try:
             path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=path):
@@ -128,9 +128,20 @@ def check_run_dir(config: RunConfig, free: tuple[str, ...] = FREE) -> None:
         check_changes(there, config, _newest(config), free=free)
 
 
+def check_brackets(name: str, value: str) -> None:
+    """InputError if a folder's path holds a bracket."""
+    path = str(Path(value).absolute())
+    if set("[]") & set(path):
+        raise InputError(
+            f"{name} = {value!r}: the path {path} holds a bracket, with which orbax "
+            f"loses checkpoints. Give a path without."
+        )
+
+
 def check_override(config: RunConfig) -> None:
     """InputError for a name in `override` that no field has, of no kind of config."""
-    known = field_names(RunConfig) | {"tokens", "tokens.tokenizer", "tokens.number"}
+    known = field_names(RunConfig) | {"tokens"}
+    known |= {f"tokens.{name}" for name in ("tokenizer", "number", "sha256")}
     for name in config.override:
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known), 1)
@@ -162,23 +173,22 @@ def resume_point(resume_from: str) -> tuple[Path, int | None]:
     return path, None
 
 
-def steps_in(run_dir: Path) -> list[int]:
-    """The steps of which a run has checkpoints."""
-    names = [path.name for path in (run_dir / "checkpoints").iterdir()]
-    return sorted(int(name) for name in names if name.isdigit())
+def checkpoints_of(run_dir: Path) -> CheckpointFolder:
+    """The checkpoints of a run, by its folder."""
+    known = (run_dir / "run.json").exists()
+    own = read_run(run_dir).checkpoints if known else run_dir / "checkpoints"
+    return CheckpointFolder(own)
 
 
 def check_resume_point(config: RunConfig) -> None:
     """InputError if `resume_from` names no checkpoint, or an older one of this run."""
     source, step = resume_point(str(config.resume_from))
-    folder = source / "checkpoints"
-    there = step is None or (folder / str(step)).exists()
-    if not (there and has_checkpoints(source)):
+    steps = checkpoints_of(source).steps()
+    if not steps or step not in (None, *steps):
         raise InputError(
             f"resume_from = {config.resume_from!r}: expected the folder of a run "
             f"with checkpoints, or one of them (RUN_DIR/checkpoints/STEP)."
         )
-    steps = steps_in(source)
     own = source.resolve() == Path(config.run_dir).resolve()
     if own and step is not None and step < max(steps):
         raise InputError(
@@ -195,31 +205,37 @@ def former(config: RunConfig) -> dict[str, Any] | None:
 
     None: it begins anew. InputError if nobody knows of which run the checkpoints are.
     """
-    folder, _ = _source(config)
+    run_dir, folder, _ = _source(config)
     if folder is None:
         return None
-    if not (folder / "run.json").exists():
+    if (run_dir / "run.json").exists():
+        return to_dict(read_run(run_dir))
+    # On a new machine only the checkpoints, in an object store, may be there.
+    found = folder.manifests()
+    if not found:
         raise InputError(
-            f"{folder} has checkpoints but no run.json, so nobody can tell whether "
-            f"they belong to this config. Put it back, or give another `run_dir`."
+            f"{folder} has checkpoints, but {run_dir} no run.json, so nobody can tell "
+            f"whether they belong to this config. Put it back, or give another "
+            f"`run_dir`."
         )
-    return to_dict(read_run(folder))
+    return found[max(found)].config
 
 
-def _source(config: RunConfig) -> tuple[Path | None, int | None]:
-    """Run directory that has the checkpoint to go on from, and its step, if named."""
-    if has_checkpoints(config.run_dir):  # else there is nothing to mix up
-        return Path(config.run_dir), None
+def _source(config: RunConfig) -> tuple[Path, CheckpointFolder | None, int | None]:
+    """The run to go on with: its folder, its checkpoints, and the step, if named."""
+    if has_checkpoints(config.checkpoints):  # else there is nothing to mix up
+        return Path(config.run_dir), CheckpointFolder(config.checkpoints), None
     if config.resume_from is not None:
-        return resume_point(config.resume_from)
-    return None, None
+        run_dir, step = resume_point(config.resume_from)
+        return run_dir, checkpoints_of(run_dir), step
+    return Path(config.run_dir), None, None
 
 
 def _newest(config: RunConfig) -> int:
     """The step to go on from, of a run that has checkpoints."""
-    folder, step = _source(config)
+    _, folder, step = _source(config)
     assert folder is not None
-    return max(steps_in(folder)) if step is None else step
+    return max(folder.steps()) if step is None else step
 
 
 def check_changes(
@@ -321,12 +337,42 @@ def write_config(
     """
     folder = Path(config.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    path, new = folder / "run.json", folder / "run.json.new"
+    path = folder / "run.json"
     history = []
     if changes is not None and path.exists():
         history = json.loads(path.read_text()).get("changes", [])
         history = [entry for entry in history if entry["step"] < step]
     if changes is not None and changes.made:
         history.append({"step": step, "changes": changes.made})
-    new.write_text(json.dumps({**to_dict(config), "changes": history}, indent=2) + "\n")
+    _replace(path, {**to_dict(config), "changes": history})
+
+
+def noted(run_dir: str | Path) -> dict[str, Any]:
+    """What the run has noted of itself in `saved.json`; empty if it was never saved.
+
+    step: the newest of which it ever had a checkpoint. left_out, rollbacks: the batches
+    that it leaves out, and how often it has gone back. Raises InputError if the file
+    cannot be read: nobody knows then whether the run may begin anew.
+    """
+    path = Path(run_dir) / "saved.json"
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path} cannot be read ({error}). If the run's checkpoints are in place, "
+            f"delete it."
+        ) from error
+    return found
+
+
+def note(run_dir: str | Path, **facts: Any) -> None:
+    """Adds to what `noted` says."""
+    _replace(Path(run_dir) / "saved.json", {**noted(run_dir), **facts})
+
+
+def _replace(path: Path, content: Any) -> None:
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(json.dumps(content, indent=2) + "\n")
     new.replace(path)

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from lm_scale import distributed
-from lm_scale.checkpoint import Checkpoints, has_checkpoints
+from lm_scale.checkpoint import restore_params
+from lm_scale.checkpoint_folder import CheckpointFolder, has_checkpoints
 from lm_scale.config import RunConfig
 from lm_scale.connect import check_devices, open_connections
 from lm_scale.console import say
@@ -241,13 +242,12 @@ def open_run(run_dir: str) -> OpenRun:
     compute = dataclasses.replace(compute, attention=attention)
     model = build_model(config.model, compute)
     check_divides(model, config.compute.rules, mesh)
-    if not has_checkpoints(run_dir):
+    if not has_checkpoints(config.checkpoints):
         raise InputError(f"{run_dir} has no checkpoints yet. Train it first.")
     open_connections(mesh)
     tokenizer = load_tokenizer(Path(config.store_dir) / "tokenizer")
-    with Checkpoints(run_dir) as saved:
-        target = abstract_params(model, config.compute.rules, mesh)
-        params = saved.restore_params(target)
+    target = abstract_params(model, config.compute.rules, mesh)
+    params = restore_params(CheckpointFolder(config.checkpoints), target)
     return OpenRun(config, mesh, model, params, tokenizer)
 
 

@@ -10,17 +10,22 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from lm_scale import distributed
-from lm_scale.checkpoint import Checkpoints
+from lm_scale.checkpoint import NoneGood, restore_newest, restore_step
+from lm_scale.checkpoint_folder import CheckpointFolder
 from lm_scale.config import RunConfig
 from lm_scale.connect import check_devices, open_connections
 from lm_scale.console import say
 from lm_scale.data.loader import TrainBatches
+from lm_scale.errors import InputError
 from lm_scale.first_weights import check_init_from, read_weights
+from lm_scale.manifest import Manifest
 from lm_scale.metrics import check_reporters
 from lm_scale.models import Model, build_model
 from lm_scale.run_json import (
     announce,
     check_changes,
+    checkpoints_of,
+    noted,
     resume_point,
     settings,
     write_config,
@@ -55,41 +60,75 @@ def first_state(
     model: Model,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
-    saved: Checkpoints,
+    folder: CheckpointFolder,
     console: Console,
-) -> TrainState:
-    """The state to go on from. To be called under `jax.set_mesh`."""
-    # In this order: this run's checkpoint, another run's, given weights, random ones.
-    if saved.latest() is not None:
-        state = saved.restore(abstract_state(model, optimizer, mesh))
-        say(console, f"Going on from step {int(state.step)} in {saved.directory}")
-        return state
-    if config.resume_from is not None:
-        folder, step = resume_point(config.resume_from)
-        with Checkpoints(folder, tokens=saved.tokens) as other:
-            state = other.restore(abstract_state(model, optimizer, mesh), step)
-        say(console, f"Going on from step {int(state.step)} in {folder}")
-        return state
+) -> tuple[TrainState, Manifest | None]:
+    """The state to go on from, with its manifest; None: that of a first step.
+
+    In this order: this run's checkpoint (in `folder`), another run's, given weights,
+    random ones. To be called under `jax.set_mesh`.
+    """
+    target = abstract_state(model, optimizer, mesh)
+
+    def tell(text: str) -> None:
+        say(console, text)
+
+    try:
+        found = restore_newest(folder, target, tell)
+    except NoneGood:
+        if config.resume != "fresh":
+            raise
+        found = None
+    if found is None:
+        check_may_begin(config)
+    if found is None and config.resume_from is not None:
+        source, step = resume_point(config.resume_from)
+        folder = checkpoints_of(source)
+        found = restore_step(folder, target, step)
+    if found is not None:
+        say(console, f"Going on from step {found[1].step} in {folder}")
+        return found
     if config.init_from is not None:
         params = read_weights(config, model, mesh, console)
-        return jax.jit(lambda p: start_state(model, optimizer, p))(params)
-    return jax.jit(lambda: init_state(model, optimizer, config.seed))()
+        return jax.jit(lambda p: start_state(model, optimizer, p))(params), None
+    return jax.jit(lambda: init_state(model, optimizer, config.seed))(), None
+
+
+def check_may_begin(config: RunConfig) -> None:
+    """InputError if the run was to go on, but has no checkpoint to go on from."""
+    if config.resume == "must" and config.resume_from is None:
+        raise InputError(
+            f"resume = 'must', but there is no checkpoint in {config.checkpoints}. "
+            f"Give the folder that has them, or leave `resume` out to start anew."
+        )
+    if config.resume == "fresh":
+        return
+    aside = CheckpointFolder(config.checkpoints).aside()
+    saved = noted(config.run_dir).get("step")
+    saved, aside = distributed.from_first((saved, aside))
+    if saved is not None or aside:
+        had = f"has saved step {saved}" if saved is not None else "had checkpoints"
+        there = f" (but {', '.join(aside)})" if aside else ""
+        raise InputError(
+            f"The run in {config.run_dir} {had}, but there is no checkpoint in "
+            f"{config.checkpoints}{there}. Put it back, or start anew with "
+            f"--resume fresh or another `run_dir`."
+        )
 
 
 def keep_config(
     config: RunConfig,
-    there: dict[str, Any] | None,
-    step: int,
+    found: Manifest | None,
     tokens: dict[str, Any],
     console: Console,
 ) -> None:
-    """Writes run.json; what has changed since the run had the config `there` is told.
+    """Writes run.json; tells what has changed since the checkpoint that was found.
 
-    there: as `check_changes` takes it, who says what is refused; None: the run begins.
-    step: where the state is. tokens: the fingerprint of the training tokens.
+    tokens: the fingerprint of the training tokens. InputError for what may not change.
     """
-    changes = None
-    if there is not None:
+    step, changes = 0, None
+    if found is not None:
+        step, there = found.step, {**found.config, "tokens": found.tokens}
         changes = check_changes(there, config, step, tokens)
         announce(changes, console)
     if distributed.index() == 0:
@@ -99,4 +138,6 @@ def keep_config(
 def fingerprint(batches: TrainBatches) -> dict[str, str | int]:
     """What tells the tokens that a checkpoint was trained on from others."""
     manifest = batches.source.store.manifest
-    return {"tokenizer": manifest.tokenizer_hash, "number": manifest.tokens}
+    found = {"tokenizer": manifest.tokenizer_hash, "number": manifest.tokens}
+    # Stores of older versions have none, and so have the checkpoints made with them.
+    return found if manifest.sha256 is None else found | {"sha256": manifest.sha256}

@@ -1,33 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
 """train(config): set up, restore, loop, evaluate, save, export."""
 
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
 from lm_scale import distributed, hf
-from lm_scale.checkpoint import Checkpoints, has_checkpoints
+from lm_scale.checkpoint import Saver, restore_params
+from lm_scale.checkpoint_folder import CheckpointFolder, has_checkpoints
 from lm_scale.config import RunConfig
 from lm_scale.data.corpus import Part
-from lm_scale.data.loader import EvalBatches, TrainBatches, device_batches
+from lm_scale.data.loader import EvalBatches, TrainBatches
 from lm_scale.errors import InputError
-from lm_scale.evaluate import evaluate, unigram_loss
+from lm_scale.evaluate import unigram_loss
 from lm_scale.first_weights import read_weights
 from lm_scale.generate import Sampling, complete
 from lm_scale.hub import HubUploads
+from lm_scale.lock import RunLock
+from lm_scale.loop import Loop
 from lm_scale.metrics import MetricsLogger
 from lm_scale.models import Model
 from lm_scale.optim import make_optimizer, make_schedule
 from lm_scale.report import describe, report
-from lm_scale.run_json import FREE, TRAINING, check_run_dir, former, to_dict
+from lm_scale.rollback import check_may_roll_back, left_out_batches, roll_back
+from lm_scale.run_json import (
+    FREE,
+    TRAINING,
+    check_run_dir,
+    note,
+    to_dict,
+)
 from lm_scale.runs import (
     OpenRun,
     held_out_loss,
@@ -36,14 +44,17 @@ from lm_scale.runs import (
     prepare_data,
 )
 from lm_scale.sharding import Params, abstract_params
+from lm_scale.signals import Signals, stop_on_signals
 from lm_scale.start import fingerprint, first_state, keep_config, set_up
 from lm_scale.step import (
     TrainState,
+    abstract_state,
     decay_mask,
     make_eval_step,
     make_train_step,
     matrix_axes,
 )
+from lm_scale.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -68,98 +79,157 @@ def train(
     The run directory holds `run.json` (the config), `data/`, `checkpoints/`,
     `metrics.jsonl`, TensorBoard's files and, at the end, `eval_results.json` and the
     model as Hugging Face knows it: `config.json`, weights and tokenizer.
-    Raises InputError, before any long work, for whatever the config has wrong.
+    Raises InputError, before any long work, for whatever the config has wrong. A first
+    SIGINT or SIGTERM stops it, saved; where there is nothing new to save, or a second
+    time, it ends the process with status 75.
     `hub_token` may write to `config.hub` (None: the one that is logged in). `made` is
     what `set_up(config)` gave, where it was called before.
     """
     console = console or Console()
-    # 1. Check what can be checked without text.
-    mesh, model = made or set_up(config)
-    rules = config.compute.rules
+    with stop_on_signals() as signals:
+        mesh, model = made or set_up(config)
+        with locked(config), jax.set_mesh(mesh):
+            text = open_text(config, mesh, console)
+            return run(config, mesh, model, text, console, signals, hub_token)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A run's text, ready to be trained on."""
+
+    tokenizer: Any
+    batches: TrainBatches
+    held_out: EvalBatches | None  # None: the run is not evaluated
+    fingerprint: dict[str, str | int]
+
+
+def open_text(config: RunConfig, mesh: Mesh, console: Console) -> Text:
+    """Text -> tokenizer -> token stores -> batches; made if they are not there yet."""
     distributed.on_first(lambda: check_run_dir(config))
-    there = former(config)
     for folder in (config.run_dir, config.store_dir):
         distributed.check_shared(Path(folder))
-
-    # 2. Text -> tokenizer -> token stores -> batches.
     parts: list[Part] = ["train", "validation"] if config.evaluates else ["train"]
     tokenizer = prepare_data(config, console, parts)
     batches = open_train(config, tokenizer, mesh)
     held_out = open_eval(config, tokenizer, mesh) if config.evaluates else None
-    steps = config.total_steps(batches.examples)
-    distributed.agree(fingerprint(batches))
+    tokens = fingerprint(batches)
+    distributed.agree(tokens)
+    return Text(tokenizer, batches, held_out, tokens)
 
-    # 3. Model and optimizer: the state is restored if there is one, else made.
+
+def run(
+    config: RunConfig,
+    mesh: Mesh,
+    model: Model,
+    text: Text,
+    console: Console,
+    signals: Signals,
+    hub_token: str | None,
+) -> Outcome:
+    """The state restored or made, the loop, the end."""
+    # 1. Model and optimizer: the state is restored if there is one, else made.
+    steps = config.total_steps(text.batches.examples)
     schedule = make_schedule(config.schedule, steps)
     optimizer = make_optimizer(
         config.optimizer, schedule, decay_mask(model), matrix_axes(model)
     )
-    train_step = make_train_step(
-        model, optimizer, schedule, seed=config.seed, accumulate=config.accumulate
-    )
-    eval_step = make_eval_step(model)
-    describe(config, model, mesh, batches, steps, console)
-    with (
-        jax.set_mesh(mesh),
-        Checkpoints(
-            config.run_dir, keep=config.keep, tokens=fingerprint(batches)
-        ) as saved,
-    ):
-        state = first_state(config, model, optimizer, mesh, saved, console)
-        # From here on the directory holds this run.
-        keep_config(config, there, int(state.step), fingerprint(batches), console)
+    describe(config, model, mesh, text.batches, steps, console)
+    folder = CheckpointFolder(config.checkpoints)
+    with Watchdog(None, config.wait_limit) as watchdog:
+        watchdog.begin("restoring the state")
+        state, found = first_state(config, model, optimizer, mesh, folder, console)
+    # From here on the directory holds this run.
+    keep_config(config, found, text.fingerprint, console)
 
-        # 4. The loop.
-        metrics = metrics_of(config, mesh, batches, int(state.step), steps)
-        uploads = start_uploads(config, hub_token, metrics)
+    # 2. The loop.
+    metrics = metrics_of(config, mesh, text.batches, int(state.step), steps)
+    uploads = start_uploads(config, hub_token, metrics)
 
-        def save_now(state: TrainState) -> None:
-            saved.save(state)
-            idle = uploads is not None and not uploads.busy
-            if distributed.from_first(idle):
-                hf.export(config.model, state.params, tokenizer, config.run_dir)
-            if uploads is not None and idle:
-                uploads.start(f"Step {int(state.step)}")
+    def saved(state: TrainState) -> None:
+        idle = uploads is not None and not uploads.busy
+        if distributed.from_first(idle):
+            hf.export(config.model, state.params, text.tokenizer, config.run_dir)
+        if uploads is not None and idle:
+            uploads.start(f"Step {int(state.step)}")
 
-        with metrics, stop_on_signals() as told:
-            stop = distributed.StopVote(told, mesh)
+    saver = Saver(
+        folder, keep=config.keep, keep_every=config.keep_every,
+        keep_best=config.keep_best, config=to_dict(config), tokens=text.fingerprint,
+        tell=metrics.print, noted=lambda step: note(config.run_dir, step=step),
+    )  # fmt: skip
+    # The watchdog innermost: how long the others' ends may take is not its to judge.
+    with metrics, saver, Watchdog(config.step_limit, config.wait_limit) as watchdog:
+        own = found is not None and found.step in folder.steps()
+        if found is not None and distributed.from_first(own):
+            saver.adopt(found.step)
+        loop = Loop(
+            config, mesh, text.batches, text.held_out, steps,
+            make_train_step(
+                model, optimizer, schedule, seed=config.seed,
+                accumulate=config.accumulate, skip_bad=config.guard.policy != "off",
+            ),
+            make_eval_step(model), saver, metrics, signals, watchdog, saved,
+            left_out=left_out_batches(config, found),
+        )  # fmt: skip
+        state = loop.run(state)
+        while loop.trouble is not None and not loop.vote.stopped:
+            check_may_roll_back(loop)
+            del state  # its memory is needed
+            state = roll_back(loop, abstract_state(model, optimizer, mesh))
+            state = loop.run(state)
+        step, results = int(state.step), {}
+        if loop.trouble is None:
+            results = loop.finish(state)
+        if step < steps or (config.eval_at_end and not results):
+            say_stopped(loop, step)
+            if uploads is not None:
+                uploads.give_up()
+            return Outcome(step, False, loop.vote.stopped, {})
+        signals.at_once = "all is saved"
 
-            def evaluate_now(state: TrainState) -> dict[str, float]:
-                assert held_out is not None  # config.evaluates
-                return evaluate(eval_step, state.params, held_out, mesh, rules, stop)
-
-            last = min(steps, config.stop_at or steps)
-            first = int(state.step)
-            source = device_batches(batches, mesh, rules, start=first, stop=last)
-            state = run_steps(
-                config, state, source, steps, train_step, evaluate_now, save_now,
-                metrics, stop,
-            )  # fmt: skip
-            step = int(state.step)
-            saved.save(state)
-            results = {}
-            if step == steps and config.eval_at_end:
-                results = evaluate_now(state)
-            saved.wait()
-            if step < steps or (config.eval_at_end and not results):
-                again = "the same command" if stop.stopped else "without `stop_at`"
-                metrics.print(
-                    f"Stopped after step {step} of {steps}, saved. "
-                    f"Run {again} to go on."
-                )
-                if uploads is not None:
-                    uploads.give_up()
-                return Outcome(step, False, stop.stopped, {})
-            if results and not metrics.has_eval(step):
-                metrics.log_eval(step, results)
-
-        # 5. What was learnt, and where it is.
-        conclude(
-            config, model, state.params, tokenizer, batches, held_out, results, console
-        )
-        if uploads is not None:
-            uploads.finish(f"Step {step}, the end")
+    # 3. What was learnt, and where it is.
+    with Watchdog(None, config.wait_limit) as watchdog:
+        watchdog.begin("exporting the model")
+        conclude(config, model, state.params, text, results, console)
+    if uploads is not None:
+        uploads.finish(f"Step {step}, the end")
     return Outcome(step, True, False, results)
+
+
+@contextmanager
+def locked(config: RunConfig) -> Iterator[None]:
+    """Holds the run's folders: no other process may train into them."""
+    folders = [config.run_dir]
+    if config.checkpoint_dir is not None:
+        folders.append(config.checkpoint_dir)
+    locks = [RunLock(CheckpointFolder(f).path, lost) for f in folders]
+    taken: list[RunLock] = []
+
+    def take() -> None:
+        for lock in locks:
+            lock.take()
+            taken.append(lock)
+
+    try:
+        distributed.on_first(take)
+        yield
+    finally:
+        for lock in taken:
+            lock.release()
+
+
+def lost(text: str) -> None:
+    """Another process has taken the lock: what this one writes could ruin its run."""
+    distributed.fail(text, 1)
+
+
+def say_stopped(loop: Loop, step: int) -> None:
+    """Tells how to go on with a run that has not come to its end."""
+    again = "the same command" if loop.vote.stopped else "without `stop_at`"
+    saved = "saved" if loop.trouble is None else f"not saved ({loop.trouble.what})"
+    loop.metrics.print(
+        f"Stopped after step {step} of {loop.steps}, {saved}. Run {again} to go on."
+    )
 
 
 def evaluate_only(
@@ -178,7 +248,7 @@ def evaluate_only(
     mesh, model = made or set_up(config)
     own = config.init_from is None
     distributed.on_first(lambda: check_run_dir(config, free=FREE + TRAINING))
-    if own and not has_checkpoints(config.run_dir):
+    if own and not has_checkpoints(config.checkpoints):
         raise InputError(
             f"There are no weights to evaluate: {config.run_dir} has no checkpoints, "
             f"and no pretrained model is named. Train, or name one."
@@ -187,86 +257,13 @@ def evaluate_only(
     with jax.set_mesh(mesh):
         if own:
             target = abstract_params(model, config.compute.rules, mesh)
-            with Checkpoints(config.run_dir) as saved:
-                params = saved.restore_params(target)
+            params = restore_params(CheckpointFolder(config.checkpoints), target)
         else:
             params = read_weights(config, model, mesh, console)
     results = held_out_loss(OpenRun(config, mesh, model, params, tokenizer))
     if distributed.index() == 0:
         report(config, results, None, console)
     return results
-
-
-def run_steps(
-    config: RunConfig,
-    state: TrainState,
-    source: Iterator[dict[str, jax.Array]],
-    steps: int,
-    train_step,
-    evaluate_now: Callable[[TrainState], dict[str, float]],
-    save_now: Callable[[TrainState], None],
-    metrics: MetricsLogger,
-    stop: Callable[[], bool],
-) -> TrainState:
-    """Steps until `source` ends or `stop` says so; evaluates and saves on the way."""
-    step = int(state.step)
-    pending: tuple[int, dict[str, jax.Array]] | None = None
-
-    def log(pending) -> None:
-        if pending is not None:
-            number, values = pending
-            write = number % config.log_every == 0 or number == steps
-            write = write or (number == 1 and config.log_first)
-            values = {name: float(value) for name, value in values.items()}
-            metrics.log_step(number, values, write=write)
-
-    for batch in source:
-        state, values = train_step(state, batch)
-        step += 1
-        # The metrics of the step before are read only now, with this step under way,
-        # so that the devices never wait for the host.
-        log(pending)
-        pending = (step, values)
-        eval_due = config.eval_every and step % config.eval_every == 0
-        eval_due = eval_due and not (step == steps and config.eval_at_end)
-        save_due = config.save_every and step % config.save_every == 0
-        if eval_due or save_due:
-            log(pending)  # waits for the step: its time is the step's, not the pause's
-            pending = None
-            with metrics.pause():
-                if eval_due and (results := evaluate_now(state)):
-                    metrics.log_eval(step, results)
-                if save_due:  # after it: a run that goes on from here has both
-                    save_now(state)
-        if stop():
-            break
-    log(pending)
-    return state
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets; the second ends the process."""
-    stop, former = threading.Event(), {}
-
-    def handle(number, frame):
-        stop.set()
-        for signal_number, handler in former.items():
-            signal.signal(signal_number, handler)
-        if distributed.index() == 0:
-            # Not print(): the signal may have come in the middle of one.
-            os.write(
-                2, b"\nStopping when this step is done; a second signal ends at once.\n"
-            )
-
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            former[number] = signal.signal(number, handle)
-    try:
-        yield stop
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
 
 
 def metrics_of(
@@ -304,9 +301,7 @@ def conclude(
     config: RunConfig,
     model: Model,
     params: Params,
-    tokenizer,
-    batches: TrainBatches,
-    held_out: EvalBatches | None,
+    text: Text,
     results: dict[str, float],
     console: Console,
 ) -> None:
@@ -314,13 +309,13 @@ def conclude(
 
     Adds the unigram loss to the results, if there are any.
     """
-    hf.export(config.model, params, tokenizer, config.run_dir)
-    sample = sample_text(config, model, params, tokenizer)
+    hf.export(config.model, params, text.tokenizer, config.run_dir)
+    sample = sample_text(config, model, params, text.tokenizer)
     if distributed.index() > 0:
         return
-    if results and held_out is not None:
-        store, vocab = batches.source.store, config.model.vocab
-        results["unigram_loss"] = unigram_loss(store, held_out, vocab)
+    if results and text.held_out is not None:
+        store, vocab = text.batches.source.store, config.model.vocab
+        results["unigram_loss"] = unigram_loss(store, text.held_out, vocab)
     report(config, results, sample, console)
 
 

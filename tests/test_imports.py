@@ -15,9 +15,10 @@ PACKAGE = Path(lm_scale.__file__).parent
 # A module imports modules of the lines above its own only. `models.*` and `data.*`
 # stand for what is not named itself. `lm_scale` is the package: version, no code.
 ORDER = (
-    ("lm_scale", "console", "errors", "peaks"),
-    ("wandb_run", "cluster", "changes"),
-    ("sharding", "objectives", "optim", "metrics", "distributed", "data"),
+    ("lm_scale", "console", "errors", "hashing", "peaks"),
+    ("wandb_run", "cluster", "changes", "manifest"),
+    ("sharding", "objectives", "optim", "metrics", "distributed", "data", "lock"),
+    ("checkpoint_folder", "replicas"),
     ("weight_files", "models.compute", "connect", "watchdog", "signals"),
     ("models.layout", "data.python_docs", "data.folders", "data.reading"),
     ("data.sources",),
@@ -34,13 +35,14 @@ ORDER = (
     ("config",),
     ("run_json",),
     ("first_weights",),
-    ("runs", "report", "start"),
+    ("runs", "report", "start", "loop"),
+    ("rollback",),
     ("trainer",),
     ("scripts.flags",),
     ("scripts.checks", "scripts.folder", "scripts.messages"),
     ("scripts.translate",),
     ("scripts.main",),
-    ("plan", "commands"),
+    ("plan", "commands", "checkpoint_command"),
     ("__main__",),
 )
 

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from tiny import causal_run
 
 from lm_scale.__main__ import main
+from lm_scale.checkpoint_folder import CheckpointFolder
 from lm_scale.config import RunConfig
 from lm_scale.run_json import read_run
 from lm_scale.runs import open_run, open_train
@@ -277,3 +278,95 @@ def test_a_killed_process_ends_the_others(tmp_path):
     assert process.returncode == 128 + signal.SIGKILL, shown
     assert "process 1 was killed by signal 9" in shown
     assert not Path(f"/proc/{other}").exists()
+
+
+@pytest.mark.slow
+@needs_proc
+def test_killed_in_the_midst_and_started_again_all_is_the_same(alone, tmp_path):
+    """Process 0, on which the others depend."""
+    path, config = config_file(tmp_path)
+    fault = [str(ROOT / "tests/faults/injected.py"), "wait@step:6", "train", path]
+    process = launch(*fault)
+    read_until(process, "fault: wait")  # process 1, with a checkpoint of step 4
+    os.kill(child(process, 0), signal.SIGKILL)
+    shown, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGKILL, shown
+    shown = finished(launch("-m", "lm_scale", "train", path))
+    assert "Going on from step 4 in " in shown
+    assert_same_run(config.run_dir, alone.run_dir)
+
+
+@pytest.mark.slow
+def test_an_exception_in_one_ends_all_with_its_traceback(tmp_path):
+    path, config = config_file(tmp_path)
+    fault = [str(ROOT / "tests/faults/injected.py"), "raise@step:6", "train", path]
+    process = launch(*fault)
+    shown, _ = process.communicate(timeout=120)  # of which jax's own limits are 300
+    assert process.returncode == 1, shown
+    assert "[1] RuntimeError: an error that was injected" in shown
+    assert "[0] process 0: ended, as process 1 failed: lm-scale train: " in shown
+    folder = CheckpointFolder(config.checkpoints)
+    assert folder.steps() == [4]
+    folder.manifest(4)  # good
+
+
+@pytest.mark.slow
+def test_a_save_that_fails_on_one_is_told_and_training_goes_on(alone, tmp_path):
+    path, config = config_file(tmp_path)
+    fault = [str(ROOT / "tests/faults/injected.py"), "raise@saving", "train", path]
+    shown = finished(launch(*fault))
+    lost = "WARNING: step 4 could NOT be saved"
+    assert f"[1] process 1: {lost} (an error that was injected)" in shown
+    assert f"[0] {lost} (process 1: an error that was injected)" in shown
+    assert CheckpointFolder(config.checkpoints).steps() == [8]
+    assert_same_run(config.run_dir, alone.run_dir)
+
+
+@pytest.mark.slow
+def test_trouble_that_one_sees_rolls_all_back(tmp_path):
+    path, config = config_file(tmp_path, steps=40, save_every=10)
+    fault = [str(ROOT / "tests/faults/injected.py"), "spike@step:34", "train", path,
+             "--guard.policy", "rollback", "--guard.window", "4",
+             "--guard.patience", "3"]  # fmt: skip
+    shown = finished(launch(*fault))
+    assert "Rolled back to step 30 (the 1. of at most 3 times)" in shown
+    text = (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()
+    kept = [line for line in map(json.loads, text) if line["kind"] == "train"]
+    assert [line["step"] for line in kept] == list(range(1, 41))
+    assert CheckpointFolder(config.checkpoints).manifest(40).left_out == ((31, 35),)
+
+
+MET = """
+from lm_scale import distributed
+from lm_scale.connect import connect
+connect("test", [])
+distributed.meet("a", "over", 60)
+if distributed.index() == 1:
+    distributed.give_up("over", "no space")
+else:
+    try:
+        distributed.meet("b", "over", 60)
+    except RuntimeError as error:
+        print("not met:", error)
+distributed.finish()
+"""
+
+
+def test_who_waits_hears_that_another_gives_up():
+    assert "[0] not met: process 1: no space" in finished(launch("-c", MET))
+
+
+SKEWED = """
+import sys, time
+from lm_scale import distributed
+from lm_scale.connect import connect
+connect("test", [])
+if distributed.index() == 1:
+    time.sleep(3)  # the other one is done long before
+distributed.finish()
+"""
+
+
+def test_a_good_end_waits_for_all():
+    shown = finished(launch("-c", SKEWED))
+    assert "ended" not in shown

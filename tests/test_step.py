@@ -18,7 +18,8 @@ import optax
 import pytest
 from jax.sharding import NamedSharding
 
-from lm_scale.checkpoint import Checkpoints
+from lm_scale.checkpoint import Saver, restore_step
+from lm_scale.checkpoint_folder import CheckpointFolder
 from lm_scale.errors import InputError
 from lm_scale.losses import cross_entropy
 from lm_scale.models import (
@@ -503,10 +504,10 @@ def test_the_counter_is_in_the_checkpoint(tmp_path, monkeypatch):
     made = guarded("data")
     state, _, _ = steps_of(made, [None, "loss", "norm"])
     target = abstract_state(made.model, made.optimizer, made.mesh)
-    with Checkpoints(tmp_path) as saved:
-        saved.save(state)
-        saved.wait()
-        restored = saved.restore(target)
+    folder = CheckpointFolder(tmp_path)
+    with Saver(folder) as saver:
+        saver.finish(state)
+    restored, _ = restore_step(folder, target, None)
     assert (int(restored.step), int(restored.skipped)) == (3, 2)
     assert restored.skipped.dtype == state.skipped.dtype
     assert restored.skipped.sharding == target.skipped.sharding
@@ -627,13 +628,14 @@ def test_adafactor_is_the_same_on_every_mesh(family, mesh):
 def test_adafactor_goes_on_from_a_checkpoint_bit_for_bit(mesh, tmp_path):
     made = adafactor_program("gpt2", mesh)
     target = abstract_state(made.model, made.optimizer, made.mesh)
-    with jax.set_mesh(made.mesh), Checkpoints(tmp_path) as saved:
+    folder = CheckpointFolder(tmp_path)
+    with jax.set_mesh(made.mesh), Saver(folder) as saver:
         state, _ = adafactor_steps(made, made.wrap(), 0, 3)
-        saved.save(state)
+        saver.save(state)
         shardings = [x.sharding for x in jax.tree.leaves(state)]
         straight, losses = adafactor_steps(made, state, 3, 5)
-        saved.wait()
-        restored = saved.restore(target)
+        saver.wait()
+        restored, _ = restore_step(folder, target, None)
         assert [x.sharding for x in jax.tree.leaves(restored)] == shardings
         again, losses_again = adafactor_steps(made, restored, 3, 5)
     assert losses_again == losses
@@ -643,13 +645,12 @@ def test_adafactor_goes_on_from_a_checkpoint_bit_for_bit(mesh, tmp_path):
 
 def test_adafactor_s_state_can_be_restored_on_another_mesh(tmp_path):
     made, other = (adafactor_program("gpt2", mesh) for mesh in ("2x2x2", "fsdp"))
-    with Checkpoints(tmp_path) as saved:
-        with jax.set_mesh(made.mesh):
-            state, _ = adafactor_steps(made, made.wrap(), 0, 2)
-        saved.save(state)
-        saved.wait()
-        target = abstract_state(other.model, other.optimizer, other.mesh)
-        restored = saved.restore(target)
+    folder = CheckpointFolder(tmp_path)
+    with jax.set_mesh(made.mesh), Saver(folder) as saver:
+        state, _ = adafactor_steps(made, made.wrap(), 0, 2)
+        saver.finish(state)
+    target = abstract_state(other.model, other.optimizer, other.mesh)
+    restored, _ = restore_step(folder, target, None)
     jax.tree.map(np.testing.assert_array_equal, restored, state)
     shardings = [x.sharding for x in jax.tree.leaves(restored)]
     assert shardings == [x.sharding for x in jax.tree.leaves(target)]

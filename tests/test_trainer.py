@@ -13,7 +13,7 @@ from rich.console import Console
 from tiny import causal_run, masked_run
 
 from lm_scale import hf
-from lm_scale.checkpoint import Checkpoints
+from lm_scale.checkpoint_folder import CheckpointFolder
 from lm_scale.errors import InputError
 from lm_scale.evaluate import evaluate
 from lm_scale.models import build_model
@@ -131,9 +131,9 @@ def test_work_after_the_last_checkpoint_is_done_again_once(straight, tmp_path):
     config, _, make = straight
     killed = make(tmp_path, stop_at=23)
     train(killed, QUIET)
-    with Checkpoints(killed.run_dir) as saved:
-        saved.manager.delete(23)
-        assert saved.latest() == 20
+    folder = CheckpointFolder(killed.checkpoints)
+    folder.delete(23)
+    assert folder.steps()[-1] == 20
     train(dataclasses.replace(killed, stop_at=None), QUIET)
     steps = [line["step"] for line in lines(killed.run_dir, "train")]
     assert steps == list(range(1, 31))
@@ -189,19 +189,23 @@ def test_a_run_opens_on_one_device(straight, monkeypatch):
     assert run.mesh.size == 1
 
 
-def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(straight, tmp_path):
+def test_a_damaged_checkpoint_is_set_aside_and_its_work_done_again(
+    straight, tmp_path, capsys
+):
     config, _, make = straight
     damaged = make(tmp_path, stop_at=20)
     train(damaged, QUIET)
     folder = Path(damaged.run_dir) / "checkpoints"
     (folder / "20" / "params").rename(tmp_path / "params")
     again = dataclasses.replace(damaged, stop_at=None)
-    with pytest.raises(InputError) as error:
-        train(again, QUIET)
-    assert "20 is damaged" in str(error.value)
-    assert "go on from step 10" in str(error.value)
-    (folder / "20").rename(tmp_path / "20")
-    assert train(again, QUIET).finished
+    assert train(again, Console(width=400)).finished
+    shown = capsys.readouterr().out
+    assert (
+        "WARNING: the checkpoint of step 20 cannot be used: its file params/" in shown
+    )
+    assert "is missing. It is now 20.damaged" in shown
+    assert "Going on from step 10" in shown
+    assert (folder / "20.damaged").is_dir()
     got = final_params(again.run_dir)
     for path, value in final_params(config.run_dir).items():
         np.testing.assert_array_equal(got[path], value, err_msg=path)
@@ -272,7 +276,7 @@ def test_a_signal_during_an_evaluation_stops_it_and_saves(tmp_path, monkeypatch)
 
     for step in (4, 6):  # within the run, and the one at its end
         with monkeypatch.context() as patch:
-            patch.setattr("lm_scale.trainer.evaluate", interrupted)
+            patch.setattr("lm_scale.loop.evaluate", interrupted)
             outcome = train(config, QUIET)
         assert outcome.interrupted and not outcome.finished and outcome.step == step
         assert lines(config.run_dir, "eval") == []

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lm_scale.checkpoint import has_checkpoints
+from lm_scale.checkpoint_folder import has_checkpoints
 from lm_scale.config import RunConfig
 from lm_scale.console import say
 from lm_scale.data.sources import local_files
@@ -23,8 +23,8 @@ from lm_scale.scripts.flags import TrainingArguments
 
 # What only a run of ours writes, and a new one must not find.
 MOVED = (
-    "checkpoints", "metrics.jsonl", "events.out.tfevents.*", "eval_results.json",
-    "wandb", "wandb_id",
+    "checkpoints", "saved.json", "metrics.jsonl", "events.out.tfevents.*",
+    "eval_results.json", "wandb", "wandb_id",
 )  # fmt: skip
 # What a new run writes over, whoever made it. It stays, too: `output_dir` may be the
 # folder that model, config and tokenizer are read from.
@@ -54,11 +54,11 @@ def ready(config: RunConfig, flags: TrainingArguments, console: Console) -> None
             )
         set_aside(config, console)
         return
-    if asked == "true" and not has_checkpoints(folder):
+    if asked == "true" and not has_checkpoints(folder / "checkpoints"):
         raise InputError(
             f"--resume_from_checkpoint true: {folder} has no checkpoints of lm_scale."
         )
-    if asked == "false" and has_checkpoints(folder):
+    if asked == "false" and has_checkpoints(folder / "checkpoints"):
         raise InputError(
             f"--resume_from_checkpoint false: {folder} holds a run already. Give "
             f"another --output_dir, or --overwrite_output_dir to start anew there."
@@ -99,7 +99,7 @@ def set_aside(config: RunConfig, console: Console) -> None:
     moved = []
     if is_run(folder):
         moved = [path for pattern in MOVED for path in sorted(folder.glob(pattern))]
-    elif has_checkpoints(folder):
+    elif has_checkpoints(folder / "checkpoints"):
         raise InputError(
             f"{folder}/checkpoints holds checkpoints, but {folder}/run.json does not "
             f"say of which run. Move them away, or give another --output_dir."

@@ -3,14 +3,16 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 from rich.console import Console
 
-from lm_scale.checkpoint import has_checkpoints
+from lm_scale.checkpoint_folder import CheckpointFolder, has_checkpoints
 from lm_scale.config import RunConfig
 from lm_scale.distributed import on_first
 from lm_scale.errors import InputError
+from lm_scale.lock import RunLock
 from lm_scale.run_json import check_run_dir
 from lm_scale.scripts.checks import only_evaluates
 from lm_scale.scripts.flags import Flags, Kind, parse
@@ -27,6 +29,7 @@ def main(kind: Kind, argv: list[str], *, script: str | None = None) -> int:
     prog = f"lm-scale {kind}" if script is None else Path(script).name
     args_file = None if script is None else Path(script).with_suffix(".args")
     flags = parse(kind, argv, prog, args_file)
+    hide(flags)
     if flags.model.token is not None:
         os.environ["HF_TOKEN"] = flags.model.token  # where the hub's library looks
     console = Console()
@@ -34,6 +37,13 @@ def main(kind: Kind, argv: list[str], *, script: str | None = None) -> int:
         return run(flags, console)
     except InputError as error:
         raise InputError(str(error) + in_flags(str(error), kind)) from error
+
+
+def hide(flags: Flags) -> None:
+    """Blots tokens out of sys.argv, which loggers such as wandb keep and send."""
+    for token in (flags.model.token, flags.training.hub_token):
+        if token:
+            sys.argv[:] = [word.replace(token, "<token>") for word in sys.argv]
 
 
 def run(flags: Flags, console: Console) -> int:
@@ -54,6 +64,8 @@ def run(flags: Flags, console: Console) -> int:
         return 0
 
     def make_room() -> None:
+        # Before anything is moved from under another one that trains there.
+        RunLock(CheckpointFolder(config.run_dir).path, print).check()
         ready(config, training, console)
         check_run_dir(config)
         renew(config, flags)
@@ -67,7 +79,7 @@ def renew(config: RunConfig, flags: Flags) -> None:
     """With --overwrite_cache, deletes a former command's tokens: they are made anew."""
     if not flags.data.overwrite_cache:
         return
-    if has_checkpoints(config.run_dir):
+    if has_checkpoints(config.checkpoints):
         raise InputError(
             f"--overwrite_cache: the checkpoints in {config.run_dir} were trained on "
             f"these tokens. Leave it out, or start anew by --overwrite_output_dir."

@@ -56,6 +56,7 @@ RETOKENIZE = "--overwrite_cache makes the tokens anew."
 # Part of a message -> what a flag can do about it.
 REMEDIES = {
     "holds a run with a different config": ANEW,
+    "or start anew with --resume fresh": ANEW,
     "holds a token store that differs": RETOKENIZE,
     "were made otherwise": RETOKENIZE,
     "optimizer: expected 0 <= beta": "See --adam_beta1, --adam_beta2, --adam_epsilon.",

@@ -178,6 +178,10 @@ def test_overwrite_cache_tokenizes_anew(home, capsys):
     assert "start anew by --overwrite_output_dir" in capsys.readouterr().err
     assert manifest.stat().st_mtime_ns == first
     (home / "out/checkpoints").rename(home / "moved")
+    # Of which the run knows that there were some.
+    assert main(["clm", *SHORT, "--do_train", "--overwrite_cache"]) == 2
+    assert "--overwrite_output_dir starts anew" in capsys.readouterr().err
+    (home / "out/saved.json").unlink()
     assert main(["clm", *SHORT, "--do_train", "--overwrite_cache"]) == 0
     assert manifest.stat().st_mtime_ns > first
 
