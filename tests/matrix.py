@@ -77,7 +77,8 @@ MORE_LAYOUTS = {
     ),
     "data=2 context=4, gathered": Layout(MeshShape(2, context=4), LONG),
 }
-VARIANTS = tuple(itertools.product((1, 4), (1, LAYERS)))  # accumulate, unroll
+VARIANTS = ((1, 1), (4, LAYERS))  # accumulate, unroll
+MIXED = ((1, LAYERS), (4, 1))  # on one mesh: what is unrolled knows no mesh
 TWO_PROCESSES = LAYOUTS["data=2 fsdp=2 tensor=2"]
 
 
