@@ -42,7 +42,8 @@ class Guard:
 
     def __post_init__(self):
         for name in ("patience", "window", "rollbacks", "check_replicas"):
-            if (getattr(self, name) or 1) < 1:
+            value = getattr(self, name)
+            if value is not None and value < 1:
                 raise InputError(
                     f"guard.{name} = {getattr(self, name)}: expected a number above 0."
                 )
