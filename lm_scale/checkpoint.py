@@ -404,6 +404,7 @@ class Saver:
             return
         if any(distributed.everyone(self._busy(step))):
             return
+        self.poll()  # the one before may have ended, or failed, only now
         if eval_loss is not None and not math.isfinite(eval_loss):
             eval_loss = None
         items = _items(state)
