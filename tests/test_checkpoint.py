@@ -166,7 +166,7 @@ def flip(path: Path) -> None:
 DAMAGE = {
     "a flipped bit": (lambda p: flip(largest(p / "params")), "not what was saved"),
     "a flipped bit of the optimizer": (
-        lambda p: flip(largest(p / "opt_state")), "not what was saved",
+        lambda p: flip(largest(p / "opt_state")), "not what was saved|been altered",
     ),
     "zeros": (
         lambda p: largest(p).write_bytes(bytes(largest(p).stat().st_size)),
