@@ -27,9 +27,16 @@ from etils import epath
 
 from lm_scale import __version__, distributed, manifest
 from lm_scale.checkpoint_folder import CheckpointFolder, to_delete
-from lm_scale.errors import InputError, StorageError, differences, one_line
+from lm_scale.errors import (
+    Diverging,
+    InputError,
+    StorageError,
+    differences,
+    one_line,
+)
 from lm_scale.hashing import by_shard, device_hashes, shard_indices, total
 from lm_scale.manifest import ArrayFacts, Manifest
+from lm_scale.replicas import check_copies
 from lm_scale.sharding import Params
 from lm_scale.step import TrainState
 
@@ -84,7 +91,7 @@ def restore_newest(
     *,
     last: int | None = None,
 ) -> tuple[TrainState, Manifest] | None:
-    """The newest good state, not after step `last`; None if there is no folder.
+    """The newest good state, not after step `last`; None if there is none at all.
 
     For the run that owns the folder: a damaged checkpoint is renamed, and told of, and
     the one before it is taken. Raises NoneGood if that was the last; the rest as
@@ -97,7 +104,9 @@ def restore_newest(
         try:
             return restore(folder, target, step)
         except Damaged as error:
-            renamed = distributed.from_first(_set_aside(folder, step))
+            first = distributed.index() == 0
+            renamed = folder.set_aside(step, "damaged").name if first else None
+            renamed = distributed.from_first(renamed)
             aside.append(renamed)
             tell(
                 f"WARNING: the checkpoint of step {step} cannot be used: {error}. It "
@@ -150,12 +159,6 @@ def _first_good(
     if not problems:
         raise InputError(f"There is no checkpoint in {folder}. Train first.")
     raise NoneGood(f"There is no good checkpoint in {folder}: {problems[0]}.")
-
-
-def _set_aside(folder: CheckpointFolder, step: int) -> str | None:
-    if distributed.index() > 0:
-        return None
-    return folder.set_aside(step, "damaged").name
 
 
 def _read(
@@ -247,7 +250,7 @@ def check_arrays(found: Manifest, wanted: Mapping[str, Any], where: str) -> None
 
 def _altered(arrays: Mapping[str, jax.Array], found: Manifest) -> str | None:
     """Which of the arrays in memory is not what was saved; None: none of them."""
-    for path, shards in _hashes(arrays).items():
+    for path, shards in _by_shard(arrays, np.asarray(_start_hashes(arrays))).items():
         saved = found.arrays[path].shards
         wrong = [name for name, value in saved.items() if shards.get(name) != value]
         if shards.keys() == saved.keys() and wrong:
@@ -255,10 +258,6 @@ def _altered(arrays: Mapping[str, jax.Array], found: Manifest) -> str | None:
         if total(shards) != total(saved):
             return f"the data of {path} are not what was saved"
     return None
-
-
-def _hashes(arrays: Mapping[str, jax.Array]) -> dict[str, dict[manifest.Index, int]]:
-    return _by_shard(arrays, np.asarray(_start_hashes(arrays)))
 
 
 def _start_hashes(arrays: Mapping[str, jax.Array]) -> jax.Array:
@@ -321,7 +320,7 @@ class Saver:
 
     All processes call the same methods in the same order. A failed save ends nothing:
     `poll` tells of it, and `due` says when to try again. Only the last one, `finish`,
-    raises. A context manager: leaving waits for what is being written.
+    raises for that. A context manager: leaving waits for what is being written.
 
     Args:
         keep, keep_every, keep_best: see `to_delete`.
@@ -454,11 +453,11 @@ class Saver:
         }
 
         def seal() -> None:
+            found = np.asarray(hashes.result())
+            check_copies(step, shapes, found)
             facts = {
                 path: ArrayFacts(shapes[path].shape, str(shapes[path].dtype), shards)
-                for path, shards in _by_shard(
-                    shapes, np.asarray(hashes.result())
-                ).items()
+                for path, shards in _by_shard(shapes, found).items()
             }
             versions = {name: version(name) for name in LIBRARIES}
             now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -482,7 +481,7 @@ class Saver:
         self.passed_over += 1
         self.tell(
             f"Step {step} is not saved: step {other} is still being written, since "
-            f"{time.monotonic() - start:.0f} s."
+            f"{time.monotonic() - start:.0f} s ({self.passed_over} passed over so far)."
         )
         return True
 
@@ -521,7 +520,10 @@ class Saver:
             pass
 
     def poll(self) -> None:
-        """Tells of a save that has failed since the last call; never waits."""
+        """Tells of a save that has failed since the last call; never waits.
+
+        Raises Diverging if copies of the state were not the same: it was not saved.
+        """
         if self._running is None or not self._running[2].done():
             return
         (step, _, ended), self._running = self._running, None
@@ -529,6 +531,8 @@ class Saver:
         if error is None:
             self.saved, self.failures = step, 0
             return
+        if isinstance(error, Diverging):  # another try would save the same
+            raise error
         self.failures += 1
         pause = min(RETRY * 2 ** (self.failures - 1), RETRY_AT_MOST)
         self._retry_at = time.monotonic() + pause

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 from uuid import uuid4
 
 import jax
@@ -58,12 +58,8 @@ def agree(facts: Mapping[str, Any]) -> None:
     """Waits for all processes; InputError on each of them if their facts differ."""
     if count() == 1:
         return
-    call = next(_calls)
-    _set(f"{call}/{index()}", dict(facts))
-    if index() == 0:
-        told = [_get(f"{call}/{process}") for process in range(count())]
-        _set(f"{call}/found", disagreements(told))
-    found = _get(f"{call}/found")
+    told = _gather(dict(facts))
+    found = from_first(told and disagreements(told))
     if found:
         listed = "\n".join(f"  {line}" for line in found)
         raise InputError(
@@ -119,8 +115,15 @@ def everyone(value: T) -> list[T]:
     """All processes' values (of JSON), by process; waits for all of them."""
     if count() == 1:
         return [value]
+    return cast(list[T], from_first(_gather(value)))
+
+
+def _gather(value: Any) -> list[Any] | None:
+    """All processes' values, on process 0; None on the others, who do not wait."""
     call = next(_calls)
     _set(f"{call}/{index()}", value)
+    if index() > 0:
+        return None
     return [_get(f"{call}/{process}") for process in range(count())]
 
 
@@ -151,34 +154,30 @@ def meet(key: str, failed: str, seconds: float) -> None:
     Raises RuntimeError once one of them has called `give_up(failed)`, TimeoutError if
     one has not come after so many seconds.
     """
-    _set(f"{key}/{index()}", None)
     end = time.monotonic() + seconds
-    for process in range(count()):
-        while not _is_set(f"{key}/{process}"):
-            if _is_set(failed):
-                raise RuntimeError(_get(failed))
+
+    def wait_for(name: str) -> None:
+        while _within_a_second(f"{key}/{name}") is None:
+            if (why := _now(failed)) is not None:
+                raise RuntimeError(why)
             if time.monotonic() > end:
-                raise TimeoutError(f"process {process} has not come")
-            time.sleep(0.05)
+                raise TimeoutError(f"{name} has not come")
+
+    _set(f"{key}/process {index()}", True)
+    if index() == 0:
+        for process in range(count()):
+            wait_for(f"process {process}")
+        _set(f"{key}/all", True)
+    wait_for("all")
 
 
 def give_up(failed: str, why: str) -> None:
     """Tells those who `meet` that this process will not come."""
-    if count() > 1 and not _is_set(failed):
+    if count() > 1 and _now(failed) is None:
         try:
             _set(failed, f"process {index()}: {why}")
         except jax.errors.JaxRuntimeError:
             pass  # another one was first
-
-
-def _is_set(key: str) -> bool:
-    try:
-        _client().key_value_try_get(f"lm_scale/{key}")
-        return True
-    except jax.errors.JaxRuntimeError as error:
-        if "NOT_FOUND" not in str(error):
-            raise
-        return False
 
 
 def see(path: AnyPath) -> AnyPath:
@@ -210,14 +209,29 @@ def _set(key: str, value: Any) -> None:
 
 def _get(key: str) -> Any:
     """A key's value, once some process has set it; Ctrl-C is heard meanwhile."""
-    while True:
-        try:
-            second = 1000  # ms; Python hears a signal only between two calls
-            value = _client().blocking_key_value_get(f"lm_scale/{key}", second)
-            return json.loads(value)
-        except jax.errors.JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" not in str(error):
-                raise
+    while (value := _within_a_second(key)) is None:
+        pass  # Python hears a signal only between two calls
+    return json.loads(value)
+
+
+def _within_a_second(key: str) -> str | None:
+    """A key's value, as text; None: nobody has set it within a second."""
+    try:
+        return _client().blocking_key_value_get(f"lm_scale/{key}", 1000)
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+            raise
+        return None
+
+
+def _now(key: str) -> Any:
+    """A key's value; None: nobody has set it yet."""
+    try:
+        return json.loads(_client().key_value_try_get(f"lm_scale/{key}"))
+    except jax.errors.JaxRuntimeError as error:
+        if "NOT_FOUND" not in str(error):
+            raise
+        return None
 
 
 # --- Voting ---------------------------------------------------------------------------

@@ -36,8 +36,8 @@ class Guard:
     spike: float | None = 10.0
     window: int = 200  # rollback: batches left out, the offending one the last of them
     rollbacks: int = 3  # so many at most, then the run ends
-    # Steps after which devices that hold the same weights compare them, by a hash, as
-    # they do before each save then; a run whose copies differ ends. None: never.
+    # Steps after which devices that hold the same weights compare them, by a hash; a
+    # run whose copies differ ends. They do so at each save, too; None: only then.
     check_replicas: int | None = None
 
     def __post_init__(self):

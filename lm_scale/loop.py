@@ -44,7 +44,7 @@ class Loop:
     metrics: MetricsLogger
     signals: Signals
     watchdog: Watchdog
-    uploaded: Callable[[TrainState], None]  # called with each state that is saved
+    publish: Callable[[TrainState], None]  # called with each state that is to be saved
     left_out: Windows = ()  # batch numbers that training passes over
     trouble: Trouble | None = None  # why it ended early, if it was not told to
     losses: dict[int, float] = field(default_factory=dict)  # held-out, by step
@@ -107,7 +107,6 @@ class Loop:
         """
         step, results = int(state.step), {}
         self.watchdog.begin("saving the last checkpoint")
-        self.replicas.check(step, state.params)
         if not self.config.keep_best:  # which wants to know first how good it is
             self.saver.wait()
             self.saver.save(state, left_out=self.left_out)
@@ -151,11 +150,10 @@ class Loop:
         if distributed.from_first(self.trouble is not None):
             return
         self.watchdog.begin("saving a checkpoint")
-        self.replicas.check(int(state.step), state.params)
         self.saver.save(
             state, eval_loss=self.losses.get(int(state.step)), left_out=self.left_out
         )
-        self.uploaded(state)
+        self.publish(state)
 
     def _log(self) -> None:
         """Reads the metrics of the step that is pending, and judges them."""

@@ -3,8 +3,8 @@
 
 Every device hashes what it holds (hashing.py); those that hold the same part of a
 weight must come to the same. A memory or a core that computes wrongly is found so, by
-name, before its weights get into a checkpoint. Weights that are cut over all devices
-have no second copy to compare with.
+name: in each save, whose hashes are made anyway, and in between if asked for. Weights
+that are cut over all devices have no second copy to compare with.
 """
 
 from collections import Counter
@@ -28,16 +28,8 @@ class Replicas:
 
     def ask(self, step: int, params: Params) -> None:
         """Has the devices hash the weights after a step, if it is time to."""
-        if self.every is not None and step % self.every == 0:
-            self._ask(step, params)
-
-    def check(self, step: int, params: Params) -> None:
-        """The same at once, before the weights are saved."""
-        if self.every is not None:
-            self._ask(step, params)
-            self.read()
-
-    def _ask(self, step: int, params: Params) -> None:
+        if self.every is None or step % self.every:
+            return
         weights = {
             jax.tree_util.keystr(path, simple=True, separator="."): x
             for path, x in jax.tree_util.tree_leaves_with_path(params)
@@ -50,17 +42,21 @@ class Replicas:
 
     def read(self) -> None:
         """Waits for what was asked; raises Diverging if copies differ."""
-        if self._asked is None:
-            return
-        (step, shapes, hashes), self._asked = self._asked, None
-        found = odd_devices(shapes, np.asarray(hashes))
-        if found:
-            listed = "\n".join(f"  {line}" for line in found)
-            raise Diverging(
-                f"After step {step}, copies of the same weights differ:\n{listed}\nA "
-                f"device computes or stores wrongly. Nothing was saved since the last "
-                f"checkpoint; replace that device and run the same command."
-            )
+        if self._asked is not None:
+            (step, shapes, hashes), self._asked = self._asked, None
+            check_copies(step, shapes, np.asarray(hashes))
+
+
+def check_copies(step: int, arrays: Mapping[str, Any], hashes: np.ndarray) -> None:
+    """Diverging if copies of the same part of an array differ; see `odd_devices`."""
+    found = odd_devices(arrays, hashes)
+    if found:
+        listed = "\n".join(f"  {line}" for line in found)
+        raise Diverging(
+            f"After step {step}, copies of the same weights differ:\n{listed}\nA "
+            f"device computes or stores wrongly. This was not saved: replace the "
+            f"device, and run the same command to go on from the last checkpoint."
+        )
 
 
 def odd_devices(arrays: Mapping[str, Any], hashes: np.ndarray) -> list[str]:

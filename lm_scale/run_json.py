@@ -107,9 +107,8 @@ def check_run_dir(config: RunConfig, free: tuple[str, ...] = FREE) -> None:
     """
     check_override(config)
     folder = Path(config.run_dir)
-    for name, value in vars(config).items():
-        if name in ("run_dir", "checkpoint_dir") and value is not None:
-            check_brackets(name, value)
+    check_brackets("run_dir", config.run_dir)
+    check_brackets("checkpoint_dir", config.checkpoint_dir or "")
     cache = [Path(config.data.cache_dir)] if config.data.cache_dir else []
     checkpoints = epath.Path(config.checkpoints)
     if is_local(checkpoints) and checkpoints.exists():  # made with the first one
@@ -365,6 +364,11 @@ def noted(run_dir: str | Path) -> dict[str, Any]:
             f"delete it."
         ) from error
     return found
+
+
+def forget(run_dir: str | Path) -> None:
+    """Deletes what `noted` says: the run begins anew."""
+    (Path(run_dir) / "saved.json").unlink(missing_ok=True)
 
 
 def note(run_dir: str | Path, **facts: Any) -> None:

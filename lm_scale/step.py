@@ -193,20 +193,9 @@ def make_train_step(
         with jax.named_scope("reduce"):
             grads = jax.tree.map(lambda g, s: reduce(g, s) * scale, grads, state_specs)
         loss, grad_norm = jnp.sum(losses) * scale, optax.tree.norm(grads)
+        good = is_good(loss, grad_norm) if skip_bad else None
         with jax.named_scope("optimizer"):
-            old = jax.tree.map(jax.reshard, state.params, state_specs)
-            updates, opt_state = optimizer.update(grads, state.opt_state, old)
-            new = cast(Params, optax.apply_updates(old, updates))
-            skipped = state.skipped
-            if skip_bad:
-                good = is_good(loss, grad_norm)
-                new = choose(good, new, old)
-                opt_state = choose(good, opt_state, state.opt_state)
-                skipped += 1 - good.astype(jnp.int32)
-            new = jax.tree.map(
-                lambda x, was: jax.reshard(x, jax.typeof(was).sharding.spec),
-                new, state.params,
-            )  # fmt: skip
+            params, opt_state = update(optimizer, state, grads, state_specs, good)
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
@@ -216,10 +205,12 @@ def make_train_step(
             ),
             "labels": labels,
         }
-        if skip_bad:
-            metrics["skipped"] = (skipped - state.skipped).astype(jnp.float32)
+        skipped = state.skipped
+        if good is not None:
+            skipped += 1 - good.astype(jnp.int32)
+            metrics["skipped"] = 1.0 - good.astype(jnp.float32)
             metrics["skipped_total"] = skipped.astype(jnp.float32)
-        return TrainState(state.step + 1, skipped, new, opt_state), metrics
+        return TrainState(state.step + 1, skipped, params, opt_state), metrics
 
     return jax.jit(train_step, donate_argnums=0)
 
@@ -233,6 +224,30 @@ def is_good(loss: Float[Array, ""], grad_norm: Float[Array, ""]) -> Bool[Array, 
     would square them, and its second moment stay infinite, and that weight as it is.
     """
     return jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+
+def update(
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    grads: Params,
+    specs: Params,
+    good: Bool[Array, ""] | None,
+) -> tuple[Params, optax.OptState]:
+    """Parameters and optimizer state after an update, each where it lives.
+
+    specs: how each weight is cut while it is updated, as the gradients are. good: if
+    it may be made; None: it is, whatever comes.
+    """
+    old = jax.tree.map(jax.reshard, state.params, specs)
+    updates, opt_state = optimizer.update(grads, state.opt_state, old)
+    new = cast(Params, optax.apply_updates(old, updates))
+    if good is not None:
+        new = choose(good, new, old)
+        opt_state = choose(good, opt_state, state.opt_state)
+    params = jax.tree.map(
+        lambda x, was: jax.reshard(x, jax.typeof(was).sharding.spec), new, state.params
+    )
+    return params, opt_state
 
 
 def choose(good: Bool[Array, ""], new: Any, old: Any) -> Any:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """train(config): set up, restore, loop, evaluate, save, export."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from lm_scale.run_json import (
     FREE,
     TRAINING,
     check_run_dir,
+    forget,
     note,
     to_dict,
 )
@@ -152,6 +154,8 @@ def run(
         if uploads is not None and idle:
             uploads.start(f"Step {int(state.step)}")
 
+    if found is None and distributed.index() == 0:
+        forget(config.run_dir)  # it begins: of a run before this one
     saver = Saver(
         folder, keep=config.keep, keep_every=config.keep_every,
         keep_best=config.keep_best, config=to_dict(config), tokens=text.fingerprint,
@@ -171,15 +175,9 @@ def run(
             make_eval_step(model), saver, metrics, signals, watchdog, saved,
             left_out=left_out_batches(config, found),
         )  # fmt: skip
-        state = loop.run(state)
-        while loop.trouble is not None and not loop.vote.stopped:
-            check_may_roll_back(loop)
-            del state  # its memory is needed
-            state = roll_back(loop, abstract_state(model, optimizer, mesh))
-            state = loop.run(state)
-        step, results = int(state.step), {}
-        if loop.trouble is None:
-            results = loop.finish(state)
+        target = functools.partial(abstract_state, model, optimizer, mesh)
+        state, results = train_to_end(loop, state, target)
+        step = int(state.step)
         if step < steps or (config.eval_at_end and not results):
             say_stopped(loop, step)
             if uploads is not None:
@@ -194,6 +192,21 @@ def run(
     if uploads is not None:
         uploads.finish(f"Step {step}, the end")
     return Outcome(step, True, False, results)
+
+
+def train_to_end(
+    loop: Loop, state: TrainState, target: Callable[[], TrainState]
+) -> tuple[TrainState, dict[str, float]]:
+    """Steps to the end, a signal or `stop_at`, going back where it must; then saves.
+
+    Returns the last state and, of the run's last, the held-out results.
+    """
+    state = loop.run(state)
+    while loop.trouble is not None and not loop.vote.stopped:
+        check_may_roll_back(loop)
+        del state  # its memory is needed
+        state = loop.run(roll_back(loop, target()))
+    return state, {} if loop.trouble is not None else loop.finish(state)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -28,3 +29,21 @@ from jaxtyping import install_import_hook  # noqa: E402
 # Where arrays pass, each call is checked against the annotated types and shapes.
 MODULES = ("models", "losses", "generate")
 install_import_hook([f"lm_scale.{name}" for name in MODULES], "typecheck.checked")
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """`failing(n)`: the next n saves fail, when all their data are written."""
+    from lm_scale import checkpoint, manifest
+
+    write, left = manifest.write, [0]
+
+    def full(*given):
+        if left[0]:
+            left[0] -= 1
+            raise OSError(28, "No space left on device")
+        write(*given)
+
+    monkeypatch.setattr(manifest, "write", full)
+    monkeypatch.setattr(checkpoint, "LAST_TRIES", (0, 0, 0))
+    return lambda times: left.__setitem__(0, times)

@@ -335,26 +335,6 @@ def test_kept_ones_are_known_after_a_restart(folder):
 # --- Storage trouble ------------------------------------------------------------------
 
 
-@pytest.fixture
-def failing(monkeypatch):
-    """`failing(n)`: the next n saves fail, when all data are written."""
-    write, left = manifest.write, [0]
-
-    def broken(*given):
-        if left[0]:
-            left[0] -= 1
-            raise OSError(28, "No space left on device")
-        write(*given)
-
-    monkeypatch.setattr(manifest, "write", broken)
-    monkeypatch.setattr(checkpoint, "LAST_TRIES", (0, 0, 0))
-
-    def fail(times: int) -> None:
-        left[0] = times
-
-    return fail
-
-
 def test_a_failed_save_is_told_at_once_and_tried_again(
     folder, failing, told, monkeypatch
 ):

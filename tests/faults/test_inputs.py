@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from rich.console import Console
 from test_whole_runs import CHANGES, CONFIG, TESTS, tiny_run
 from tiny import WORDS, masked_run, write_corpus
@@ -214,9 +213,14 @@ def zipped(canary: Path) -> bytes:
     return file.getvalue()
 
 
+def torch_saved(canary: Path) -> bytes:
+    torch = pytest.importorskip("torch")
+    return saved(lambda file, x: torch.save(x, file), Bomb(canary))
+
+
 PICKLES = {
     ".pkl": lambda path: pickle.dumps(Bomb(path)),
-    ".pt": lambda path: saved(lambda f, x: torch.save(x, f), Bomb(path)),
+    ".pt": torch_saved,
     ".npy": lambda path: saved(np.save, np.array([Bomb(path)], object)),
     ".npz": lambda path: saved(np.savez, a=np.array([Bomb(path)], object)),
 }

@@ -179,8 +179,11 @@ def test_the_device_that_differs_is_named(sizes, spec, device, named):
     mesh = jax.make_mesh(sizes, ("data", "fsdp")[: len(sizes)], axis_types=types)
     x = jax.device_put(np.ones((16, 24), np.float32), NamedSharding(mesh, spec))
     with jax.set_mesh(mesh):
-        Replicas(2).check(7, {"w": x})
         replicas = Replicas(2)
+        replicas.ask(6, {"w": x})
+        replicas.read()
+        replicas.ask(7, {"w": flipped(x, device)})
+        replicas.read()  # nothing was asked: it is not every step
         replicas.ask(8, {"a": x, "w": flipped(x, device)})
         with pytest.raises(Diverging) as error:
             replicas.read()
@@ -196,10 +199,18 @@ def test_weights_without_a_copy_are_not_compared():
     spread = NamedSharding(mesh, jax.P("fsdp"))
     x = jax.device_put(np.ones((16, 24), np.float32), spread)
     with jax.set_mesh(mesh):
-        Replicas(1).check(1, {"w": flipped(x, 3)})
+        replicas = Replicas(1)
+        replicas.ask(1, {"w": flipped(x, 3)})
+        replicas.read()
 
 
-def test_a_corrupt_copy_is_found_and_gets_into_no_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("every", "step"),
+    [(3, 12), (None, 12)],  # asked for; and in any case when it would be saved
+)
+def test_a_corrupt_copy_is_found_and_gets_into_no_checkpoint(
+    every, step, tmp_path, monkeypatch
+):
     def corrupted(state, values):
         params = dict(state.params)
         blocks = dict(params["blocks"])
@@ -209,8 +220,9 @@ def test_a_corrupt_copy_is_found_and_gets_into_no_checkpoint(tmp_path, monkeypat
 
     spoil(monkeypatch, lambda n: n == 10, corrupted)
     config = tiny_run(
-        tmp_path, save_every=4, mesh=MeshShape(data=8), guard=Guard(check_replicas=3)
-    )
-    with pytest.raises(Diverging, match=r"After step 12, copies .*\n  blocks\.norm1"):
+        tmp_path, save_every=4, mesh=MeshShape(data=8),
+        guard=Guard(check_replicas=every),
+    )  # fmt: skip
+    with pytest.raises(Diverging, match=rf"After step {step}, .*\n  .*blocks\.norm1"):
         train(config, QUIET)
     assert CheckpointFolder(config.checkpoints).steps() == [4, 8]

@@ -18,13 +18,14 @@ from etils import epath
 from rich.console import Console
 from tiny import causal_run, masked_run
 
-from lm_scale import checkpoint, manifest
+from lm_scale import checkpoint
 from lm_scale.__main__ import main
 from lm_scale.checkpoint_folder import CheckpointFolder
 from lm_scale.config import RunConfig
 from lm_scale.errors import InputError, StorageError
 from lm_scale.lock import RunLock
 from lm_scale.optim import Adafactor
+from lm_scale.run_json import note, noted
 from lm_scale.runs import open_run
 from lm_scale.sharding import MeshShape, flatten
 from lm_scale.trainer import train
@@ -268,17 +269,11 @@ def test_a_full_disk_is_told_at_once_and_ends_with_an_error(
     assert steps and main(["checkpoint", "verify", str(folder)]) == 0
 
 
-def test_a_disk_that_is_full_for_a_while(tmp_path, undisturbed, monkeypatch, capfd):
+def test_a_disk_that_is_full_for_a_while(
+    tmp_path, undisturbed, failing, monkeypatch, capfd
+):
     """The stand-in, where none can be mounted: two writes fail."""
-    write, left = manifest.write, [2]
-
-    def full(*given):
-        if left[0]:
-            left[0] -= 1
-            raise OSError(28, "No space left on device")
-        write(*given)
-
-    monkeypatch.setattr(manifest, "write", full)
+    failing(2)
     monkeypatch.setattr(checkpoint, "RETRY", 0.0)
     config = tiny_run(tmp_path)
     assert train(config, QUIET).finished
@@ -286,14 +281,20 @@ def test_a_disk_that_is_full_for_a_while(tmp_path, undisturbed, monkeypatch, cap
     assert_same(config, undisturbed)
 
 
-def test_a_last_save_that_fails_is_an_error(tmp_path, monkeypatch):
-    def full(*given):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "LAST_TRIES", (0, 0))
-    monkeypatch.setattr(manifest, "write", full)
+def test_a_last_save_that_fails_is_an_error(tmp_path, failing):
+    failing(100)
     with pytest.raises(StorageError, match="Step 2, the last, could not be saved"):
         train(tiny_run(tmp_path, stop_at=2), QUIET)
+
+
+def test_a_fresh_start_forgets_what_the_run_before_it_left_out(tmp_path):
+    config = tiny_run(tmp_path)
+    Path(config.run_dir).mkdir()
+    note(config.run_dir, step=8, left_out=[[3, 5]], rollbacks=2)
+    train(dataclasses.replace(config, resume="fresh", stop_at=4), QUIET)
+    assert noted(config.run_dir) == {"step": 4}
+    assert train(config, QUIET).finished
+    assert CheckpointFolder(config.checkpoints).manifest(STEPS).left_out == ()
 
 
 def test_a_place_that_cannot_be_written_is_refused_first(tmp_path, monkeypatch):
