@@ -46,6 +46,8 @@ usage: lm-scale COMMAND ...
   generate RUN_DIR [--prompt ...]       continue a text, or fill in its masks
   export RUN_DIR [--out FOLDER]         write a Hugging Face model
   checkpoint list|verify|show DIR       what a run's checkpoints hold, if it is whole
+  launch tpu|slurm|gke|local ...        on TPU VMs, a Slurm or Kubernetes cluster, or as
+                                        several processes here
 
 `lm-scale COMMAND --help` tells more; `lm-scale train CONFIG --help` lists every field.
 Try: lm-scale train configs/quickstart.py
@@ -57,6 +59,17 @@ OUT_OF_MEMORY = """\
 the devices' memory is too small for this run. Make its steps smaller (fewer sequences
 for each device, more accumulation), recompute more (gradient checkpointing, remat),
 compute in bfloat16, or shard the weights (fsdp in the mesh)."""
+
+
+ENGINES = ("tpu", "slurm", "gke", "local")
+LAUNCH_HELP = """\
+  tpu    makes a Cloud TPU VM, trains on it, deletes it: launch/tpu.py
+  slurm  submits a job to a Slurm cluster: launch/slurm.py
+  gke    starts a JobSet on Google Kubernetes Engine: launch/gke.py
+  local  several processes on this machine: launch/local.py
+
+`lm-scale launch ENGINE --help` tells more, launch/README.md shows each.
+"""
 
 
 def hear_interrupts() -> None:
@@ -231,6 +244,26 @@ def prepare(argv: list[str]) -> int:
     return 0
 
 
+def launch(argv: list[str]) -> int:
+    """Runs launch/ENGINE.py of the checkout, which is what a launch sends."""
+    folder = Path(__file__).resolve().parents[1] / "launch"
+    about = "usage: lm-scale launch " + "|".join(ENGINES) + " ...\n\n" + LAUNCH_HELP
+    if argv and argv[0] in ("-h", "--help"):
+        print(about, end="")
+        return 0
+    if not argv or argv[0] not in ENGINES:
+        raise InputError(f"expected an engine, got {' '.join(argv[:1])!r}.\n\n{about}")
+    script = folder / f"{argv[0]}.py"
+    if not script.is_file():
+        raise InputError(
+            f"there is no {script}: a launch sends the code of a checkout. Clone "
+            f"lm_scale's repository and install it with `pip install -e .`."
+        )
+    # A program of its own, in this one's place: signals and the terminal are its.
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, str(script), *argv[1:]])
+
+
 # --- Commands with options of their own ----------------------------------------------
 
 
@@ -369,7 +402,8 @@ def rules(argv: list[str]) -> int:
     return 0
 
 
-ALONE = ("tokenizer", "config", "rules", "checkpoint")  # always a single process
+# Those that are always a single process.
+ALONE = ("tokenizer", "config", "rules", "checkpoint", "launch")
 COMMANDS = {
     "rules": rules,
     "train": train,
@@ -380,6 +414,7 @@ COMMANDS = {
     "generate": generate_,
     "export": export,
     "checkpoint": checkpoint,
+    "launch": launch,
 }
 
 if __name__ == "__main__":

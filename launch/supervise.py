@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attempt after attempt: a VM, a job on it, what its end means, and what then."""
+
+import signal
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+from launch.errors import Refused
+from launch.exists import PROG, remains, remains_if_possible
+from launch.follow import Outcome, follow, read_log
+from launch.gcloud import PASSING, Cloud, CloudError
+from launch.record import Launch, Record
+from launch.vm import COMING, NoVM, Unreachable, bring_up, start_job, state_of
+
+
+def say(text: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
+
+
+def again(launch: Launch) -> None:
+    """The next start is another job, with a log of its own."""
+    launch.job, launch.log_read = launch.job + 1, 0
+
+
+def supervise(cloud: Cloud, launch: Launch, record: Record) -> int:
+    """Attempt after attempt, until the run is done or must not go on."""
+    while True:
+        try:
+            if time.time() > launch.deadline:
+                say(f"--max-hours {launch.max_hours:g} are over")
+                return end(cloud, launch, record, 75)
+            outcome = attempt(cloud, launch, record)
+        except KeyboardInterrupt:
+            return leave(cloud, launch, record)
+        except (CloudError, Refused):
+            launch.phase = "failed"
+            remains_if_possible(cloud)
+            record.save(launch)
+            raise
+        if outcome.kind == "done":
+            say(f"{launch.name}: done")
+            bring_results(cloud, launch)
+            return end(cloud, launch, record, 0)
+        say(f"{launch.name}: {outcome.said}")
+        if outcome.kind == "failed":
+            tail = read_log(cloud, launch, -6000, outcome.worker)
+            print(f"--- the end of worker {outcome.worker}'s log:\n"
+                  f"{tail.decode(errors='replace')}", flush=True)  # fmt: skip
+            return end(cloud, launch, record, outcome.status)
+        if launch.tried >= launch.attempts:
+            say(f"{launch.tried} attempts have brought the run no further: giving up")
+            return end(cloud, launch, record, 1)
+        try:
+            recover(cloud, launch, record, outcome)
+        except KeyboardInterrupt:
+            return leave(cloud, launch, record)
+
+
+def attempt(cloud: Cloud, launch: Launch, record: Record) -> Outcome:
+    """One VM, one job on it, to its end."""
+    launch.tried += 1
+    before = launch.step
+    launch.phase = "getting a VM"
+    record.save(launch)
+    try:
+        bring_up(cloud, launch, say)
+    except (CloudError, NoVM) as error:
+        if isinstance(error, CloudError) and error.kind not in PASSING:
+            raise
+        return Outcome("none", said=str(error))
+    launch.phase = "starting"
+    record.save(launch)
+    try:
+        start_job(cloud, launch, record)
+        outcome = follow(cloud, launch, record, say)
+    except Unreachable as error:
+        return Outcome("broken", 1, str(error))
+    if launch.step > before:
+        launch.tried = 0  # the run got further: as good as the first
+    return outcome
+
+
+def recover(cloud: Cloud, launch: Launch, record: Record, outcome: Outcome) -> None:
+    """What must be before the next attempt: no dead VM, and some time."""
+    if outcome.kind != "none":
+        again(launch)
+        try:
+            clear_away(cloud, launch, outcome)
+        except CloudError as error:  # the next attempt looks again
+            if error.kind not in PASSING:
+                raise
+            say(error.said)
+    pause = min(launch.poll * 2 ** min(launch.tried, 10), 600.0)
+    launch.phase = "waiting to try again"
+    record.save(launch)
+    say(f"attempt {launch.tried} of {launch.attempts} in a row; next in {pause:.0f} s")
+    time.sleep(pause)
+
+
+def clear_away(cloud: Cloud, launch: Launch, outcome: Outcome) -> None:
+    """Deletes a VM that is dead or broken; one that was only stopped may go on."""
+    alive = state_of(cloud.node(launch.name)) in ("READY", *COMING)
+    if not (outcome.kind == "stopped" and alive):
+        say(f"deleting {launch.name}, to make it again")
+        cloud.delete(launch.name, queued=launch.queued)
+
+
+def bring_results(cloud: Cloud, launch: Launch) -> None:
+    """Copies worker 0's run folder to runs/NAME, without checkpoints and tokens."""
+    if launch.config is None:
+        return
+    there = f"lm_scale/{launch.name}"
+    cloud.ssh(launch.name, f"python3 {there}/worker.py pack", worker=0, seconds=1800)
+    folder = Path("runs") / launch.name
+    with tempfile.TemporaryDirectory() as temporary:
+        file = Path(temporary) / "run.tar.gz"
+        done = cloud.copy_from(launch.name, f"{there}/run.tar.gz", file, seconds=3600)
+        if done.status != 0:
+            say(f"the results could not be copied:\n{done.err.strip()[-1000:]}")
+            launch.keep = True
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(file) as archive:
+            archive.extractall(folder, filter="data")
+    say(f"results: {folder}")
+
+
+def end(cloud: Cloud, launch: Launch, record: Record, status: int) -> int:
+    """The launch is over: the VM goes, unless it is to be kept."""
+    launch.status, launch.phase = status, "done" if status == 0 else "ended"
+    record.save(launch)
+    unused = launch.config is None and status != 0  # one that `up` could not set up
+    if not launch.keep or unused:
+        say(f"deleting {launch.name}")
+        cloud.delete(launch.name, queued=launch.queued)
+    remains(cloud)
+    return status
+
+
+def leave(cloud: Cloud, launch: Launch, record: Record) -> int:
+    """Ctrl-C: what waits for a VM is cancelled; training on one goes on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends at once
+    print()
+    if launch.phase in ("getting a VM", "waiting to try again"):
+        say("interrupted: what was asked for is cancelled")
+        cloud.delete(launch.name, queued=launch.queued)
+        launch.status = 75
+    else:
+        say(
+            f"interrupted: {launch.name} goes on without this program. Follow it: "
+            f"{PROG} resume {launch.name}; end it: {PROG} down {launch.name}"
+        )
+    record.save(launch)
+    remains(cloud)
+    return 75
+
+
+def close(name: str) -> None:
+    """Its VM is deleted: a launch that had not ended has."""
+    record = Record(name)
+    if record.exists() and (launch := record.load()).status is None:
+        launch.status, launch.phase = 75, "taken down"
+        record.save(launch)
