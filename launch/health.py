@@ -39,7 +39,7 @@ from launch.slices import GENERATIONS, Generation  # noqa: E402
 DEV, PROC, PCI = Path("/dev"), Path("/proc"), Path("/sys/bus/pci/devices")
 LOCK = Path("/tmp/libtpu_lockfile")
 GOOGLE = "0x1ae0"  # PCI vendor
-CHIPS = {  # PCI device -> generation; v2 and v3 share one. As in jax's hardware_utils.py
+CHIPS = {  # PCI device -> generation, as in jax's hardware_utils.py
     "0x0027": ("v2", "v3"), "0x005e": ("v4",), "0x0062": ("v5p",),
     "0x0063": ("v5e",), "0x006f": ("v6e",),
 }  # fmt: skip
@@ -48,8 +48,10 @@ ALIASES = {"TPU v5p": "TPU v5", "TPU v5e": "TPU v5 lite", "TPU v6e": "TPU v6 lit
 CLOCK = 60  # s that clocks may differ
 SINCE = 3600  # s that a launcher's time may be old: all was copied and set up since
 FILES = 4096  # open files that a run may need
+FOUND = "devices found: "  # before the probe's answer: libtpu prints lines too
 SETUP = "Run launch/setup_host.sh tpu gcs again."
 NEW_VM = "Delete this VM and create it again"
+UNKNOWN = "Not one of the failures that are known: its last lines are on stderr."
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,8 +65,9 @@ def main(argv: list[str] | None = None) -> int:
         checks.append(check)
         print(check.line(), flush=True)
     well = all(check.ok for check in checks)
-    report = {"ok": well, "host": socket.gethostname()}
-    print(json.dumps({**report, "checks": [asdict(x) for x in checks]}), flush=True)
+    failed = [asdict(check) for check in checks if not check.ok]
+    report = {"ok": well, "host": socket.gethostname(), "failed": failed}
+    print(json.dumps(report), flush=True)
     return 0 if well else 1
 
 
@@ -107,7 +110,7 @@ class Check:
     def line(self) -> str:
         if self.ok:
             return f"ok    {self.name}: {self.found}"
-        return f"FAIL  {self.name}: {self.found} {self.remedy}"
+        return f"FAIL  {self.name}: {self.found} {self.remedy}".rstrip()
 
 
 def all_checks(
@@ -125,8 +128,7 @@ def all_checks(
         before = [hardware(generation, chips), holders(), lock()]
         yield from before
         if not all(check.ok for check in before):
-            why = "were not tried, see above."
-            yield Check("devices", False, why)
+            yield Check("devices", False, "were not tried, see above.")
             return
     yield devices(options, generation)
 
@@ -136,8 +138,9 @@ def all_checks(
 
 def python() -> Check:
     version = ".".join(map(str, sys.version_info[:3]))
-    return Check("Python", sys.version_info >= (3, 11), f"{version}, {sys.executable}",
-                 f"is too old: 3.11 or later is needed. {SETUP}")  # fmt: skip
+    found = f"{version}, {sys.executable}"
+    remedy = f"is too old: 3.11 or later is needed. {SETUP}"
+    return Check("Python", sys.version_info >= (3, 11), found, remedy)
 
 
 def disk(name: str, folder: Path, least: float) -> Check:
@@ -319,7 +322,7 @@ def holders() -> Check:
     each = [f"pid {pid} ({command}) holds {file}" for pid, command, file in found]
     return Check(
         "TPU's user", False, "; ".join(each) + ".",
-        "Only one process can use a TPU. Is that a run of yours? Wait for it, or end it: "
+        "Only one process can use a TPU. Is it a run of yours? Wait for it, or end it: "
         f"`kill {' '.join(str(pid) for pid, _, _ in found)}`.",
     )  # fmt: skip
 
@@ -364,17 +367,18 @@ class Known:
 
 
 ANOTHER_PROCESS = (
-    "Another process holds the TPU: `sudo fuser -v /dev/accel* /dev/vfio/*` shows which. "
-    "Wait for it, or end it."
+    "Another process holds the TPU: `sudo fuser -v /dev/accel* /dev/vfio/*` shows "
+    "which. Wait for it, or end it."
 )
 KNOWN = (
     Known(r"Couldn't mmap: Operation not permitted",
-          "Seen on fresh v3 VMs (jax issue 30834, open, no sure cure). In this order: see "
-          "that no other process, of root neither, has the TPU open (`sudo fuser -v "
-          f"/dev/accel*`); {NEW_VM.lower()} with the runtime {{runtime}}; if a second VM "
-          "does the same, it is this libtpu: try the jax[tpu] release before, or after."),
+          "Seen on fresh v3 VMs (jax issue 30834, open, no sure cure). In this order: "
+          "see that no other process, root's neither, has the TPU open (`sudo fuser -v "
+          f"/dev/accel*`); {NEW_VM.lower()} with the runtime {{runtime}}; if a second "
+          "VM does the same, it is this libtpu: try the jax[tpu] before, or after."),
     Known(r"already in use by process with pid (\d+)",
-          "Process {1} holds the TPU (`ps -fp {1}`): wait for it, or end it: `kill {1}`."),
+          "Process {1} holds the TPU (`ps -fp {1}`): wait for it, or end it: "
+          "`kill {1}`."),
     Known(r"already in use by another process",
           ANOTHER_PROCESS + f" If there is none: `sudo rm {LOCK}`."),
     Known(r"multi-process lockfile|libtpu_lockfile", f"`sudo rm {LOCK}`."),
@@ -383,22 +387,24 @@ KNOWN = (
           f"{ANOTHER_PROCESS} If there is none, this user may not open the TPU: "
           f"`ls -l /dev/accel* /dev/vfio`. {NEW_VM}, with the runtime {{runtime}}."),
     Known(r"Mismatched PJRT plugin PJRT API version",
-          f"libtpu does not match jax, or another framework has loaded its own. {SETUP}"),
+          "libtpu does not match jax, or another framework has loaded its own. "
+          + SETUP),
     Known(r"has no attribute 'get_library_path'|Failed to open [^\n]*libtpu\.so",
           "libtpu is broken, as two packages that share its folder leave it: "
           "`{python} -m pip uninstall libtpu libtpu-nightly`. " + SETUP),
     Known(r"No module named '?(\w+)", "{1} is not installed. " + SETUP),
     Known(r"No \w+ device found|No hardware is found|No TPU devices? found",
-          f"libtpu finds no TPU that it knows. {NEW_VM}, with the runtime {{runtime}}."),
+          f"libtpu finds no TPU that it knows. {NEW_VM}, with the runtime "
+          "{runtime}."),
     Known(r"Failed to get TPU metadata|metadata\.google\.internal",
           "The metadata server does not answer: a proxy? Unset HTTP_PROXY, or set "
           "NO_PROXY=metadata.google.internal,169.254.169.254."),
-    Known(r"RESOURCE_EXHAUSTED|Cannot allocate memory|locked.memory",
+    Known(r"Cannot allocate memory|RLIMIT_MEMLOCK|memlock",
           "Memory that may be locked is too little for the TPU: `ulimit -l unlimited`, "
           "or `* - memlock unlimited` in /etc/security/limits.d and a new login."),
     Known(r"TPU (system )?initialization failed",
-          f"The TPU does not start. If it does not either in a minute: {NEW_VM.lower()}, "
-          "with the runtime {runtime}."),
+          "The TPU does not start. If it does not either in a minute: "
+          f"{NEW_VM.lower()}, with the runtime {{runtime}}."),
 )  # fmt: skip
 
 
@@ -409,7 +415,7 @@ def remedy_for(output: str, generation: Generation | None) -> str:
         if match := re.search(known.pattern, output):
             names = {"runtime": runtime, "python": sys.executable}
             return known.remedy.format(match[0], *match.groups(), **names)
-    return "Not one of the failures that are known. " + (NEW_VM if generation else "")
+    return UNKNOWN
 
 
 def devices(options: argparse.Namespace, generation: Generation | None) -> Check:
@@ -423,7 +429,8 @@ def devices(options: argparse.Namespace, generation: Generation | None) -> Check
     output, status = run_probe(environment(options, generation), options.patience)
     if status != 0:
         return Check("devices", False, *failure(output, status, options, generation))
-    found = json.loads(output.splitlines()[-1])
+    (line,) = (x for x in output.splitlines() if x.startswith(FOUND))
+    found = json.loads(line.removeprefix(FOUND))
     seen = f"{found['number']} x {found['kind']}"
     kind = ALIASES.get(found["kind"], found["kind"])
     if generation is not None and found["platform"] != "tpu":
@@ -457,9 +464,11 @@ def environment(
         # As jax's own tests do; else it waits for the other hosts of the slice.
         visible = ",".join(map(str, range(chips)))
         env |= {
-            "TPU_PROCESS_BOUNDS": "1,1,1", "TPU_CHIPS_PER_PROCESS_BOUNDS": BOUNDS[chips],
-            "TPU_VISIBLE_DEVICES": visible, "TPU_VISIBLE_CHIPS": visible,
-        }  # fmt: skip
+            "TPU_PROCESS_BOUNDS": "1,1,1",
+            "TPU_CHIPS_PER_PROCESS_BOUNDS": BOUNDS[chips],
+            "TPU_VISIBLE_DEVICES": visible,  # as it was called
+            "TPU_VISIBLE_CHIPS": visible,
+        }
     return env
 
 
@@ -498,15 +507,13 @@ def failure(
     lines = [line for line in output.splitlines() if line.strip()]
     last = lines[-1][:300] if lines else "no output"
     remedy = remedy_for(output, generation)
+    print("\n".join(lines[-30:]), file=sys.stderr)
     if status is None:
         hangs = f"jax did not answer in {options.patience:g} s ({last})."
-        if remedy.startswith("Not one"):
-            remedy = (
-                f"The TPU hangs. {NEW_VM}." if generation else "Is this machine busy?"
-            )
+        if remedy == UNKNOWN:
+            remedy = f"The TPU hangs. {NEW_VM}." if generation else "Is it busy?"
         return hangs, remedy
     how = f"signal {-status}" if status < 0 else f"status {status}"
-    print("\n".join(lines[-30:]), file=sys.stderr)
     return f"jax failed with {how}: {last}", remedy
 
 
@@ -515,7 +522,7 @@ def probe() -> int:
     import jax
     import numpy as np
 
-    # Small whole numbers: also in bfloat16, and added in any order, the answer is exact.
+    # Small whole numbers: exact also in bfloat16, in whichever order they are added.
     left = (np.arange(128 * 128).reshape(128, 128) % 7 - 3).astype(np.float32)
     right = left.T.copy() + 1
     wrong = []
@@ -526,7 +533,7 @@ def probe() -> int:
             wrong.append(device.id)
     first = found[0]
     facts: dict[str, Any] = {"platform": first.platform, "kind": first.device_kind}
-    print(json.dumps({**facts, "number": len(found), "wrong": wrong}))
+    print(FOUND + json.dumps({**facts, "number": len(found), "wrong": wrong}))
     return 0
 
 

@@ -8,8 +8,8 @@
 # (through uv: an image of Ubuntu 22.04 has 3.10), makes .venv with launch/venv.sh, and
 # writes host.env: the variables that a job needs, LM_SCALE_PYTHON among them, one
 # NAME=value a line. May be run again at any time, also twice at once, and after it was
-# killed: what is done is not done again. Ends with 0, or with 1 and a last line that says
-# what to do.
+# killed: what is done is not done again. Ends with 0, or with 1 and a last line that
+# says what to do.
 #
 # In:  LM_SCALE_PYTHON  a Python that has all already: then nothing is installed
 #      LM_SCALE_LOG     also gets all that is printed (default: setup.log, beside)
@@ -46,7 +46,7 @@ main() { # EXTRA...
     with_patience make_venv "$@"
   fi
   write_host_env
-  say "ready: $python is Python $(describe_python "$python" | cut -d' ' -f1), $SECONDS s"
+  say "ready: $python ($(describe_python "$python" | cut -d' ' -f1)), $SECONDS s"
 }
 
 fail() {
@@ -54,8 +54,8 @@ fail() {
   exit 1
 }
 
-# One setup at a time. The system drops the lock when the last holder is gone, a pip that
-# has outlived us included.
+# One setup at a time. The system drops the lock when the last holder is gone, also a
+# pip that has outlived us.
 take_lock() { # FILE
   mkdir -p "$(dirname "$1")" 2>/dev/null || fail "cannot write in $(dirname "$1")."
   { exec 9>"$1"; } 2>/dev/null || fail "cannot write $1: $(room "$root")"
@@ -149,7 +149,7 @@ with_patience() { # COMMAND...
       *'No space left'* | *'Disk quota exceeded'*)
         fail "a disk is full: $(room "$root" "${TMPDIR:-/tmp}")"
         ;;
-      *'ermission denied'*) fail "a permission is missing, see above: who owns $root?" ;;
+      *'ermission denied'*) fail "a permission is missing: who owns $root?" ;;
     esac
     [[ $output =~ $NO_NETWORK ]] || fail "see the message above."
     [ "$pause" != last ] || fail "what is needed could not be downloaded, see above." \
@@ -176,8 +176,9 @@ room() { # FOLDER...
 
 # Values are taken as they stand, to the end of the line.
 write_host_env() {
-  { host_env >"$root/host.env.part" && mv -f "$root/host.env.part" "$root/host.env"; } ||
-    fail "could not write $root/host.env: $(room "$root")"
+  local file=$root/host.env
+  { host_env >"$file.part" && mv -f "$file.part" "$file"; } ||
+    fail "could not write $file: $(room "$root")"
 }
 
 host_env() {
