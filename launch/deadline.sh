@@ -198,7 +198,7 @@ watched() { ! flock -n "$dir/lock" true; }
 
 wait_for_watch() {
   local try
-  for ((try = 0; try < 100; try++)); do
+  for ((try = 0; try < 50; try++)); do
     if watched; then return; fi
     sleep 0.1
   done

@@ -13,6 +13,7 @@
 #
 # In:  LM_SCALE_PYTHON  a Python that has all already: then nothing is installed
 #      LM_SCALE_LOG     also gets all that is printed (default: setup.log, beside)
+#      LM_SCALE_PAUSES  seconds before each further try of a download (5 20 60)
 #      PYTHON, LM_SCALE_VENV: see launch/venv.sh
 set -euo pipefail
 exec </dev/null
@@ -21,9 +22,9 @@ root=$(cd -P "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
 # shellcheck source=launch/venv.sh
 . "$root/launch/venv.sh"
 
-PAUSES=${LM_SCALE_PAUSES:-5 20 60} # s before each further try of a download
-ROOM=6                             # GiB that an environment with jax[tpu] may take
-LOCK_WAIT=3600                     # s for another setup to end
+PAUSES=${LM_SCALE_PAUSES:-5 20 60}
+ROOM=6         # GiB that an environment with jax[tpu] may take
+LOCK_WAIT=3600 # s for another setup to end
 NO_NETWORK='[Rr]esolve host|name resolution|lookup address|[Nn]etwork is unreachable'
 NO_NETWORK+='|[Cc]onnection|client error|timed out|[Mm]ax retries|HTTP error (429|5..)'
 NO_NETWORK+='|error sending request|No matching distribution'
