@@ -124,8 +124,7 @@ def all_checks(
     yield files()
     yield versions(generation)
     if generation is not None:
-        chips = options.expect_devices // generation.devices
-        before = [hardware(generation, chips), holders(), lock()]
+        before = [hardware(generation), holders(), lock()]
         yield from before
         if not all(check.ok for check in before):
             yield Check("devices", False, "were not tried, see above.")
@@ -280,19 +279,20 @@ def nodes() -> list[str]:
     return sorted(map(str, found))
 
 
-def hardware(generation: Generation, chips: int) -> Check:
+def hardware(generation: Generation) -> Check:
+    """Whether there is a TPU, and an image for it; jax says later what it really is."""
     found, drivers = pci_chips(), nodes()
     text = f"{len(found)} chips, {len(drivers)} in {DEV}"
 
     def fail(remedy: str) -> Check:
         return Check("TPU", False, text, remedy)
 
-    if not found:
+    if not found and not drivers:
         return fail(
             f"This is no VM with a TPU, or its TPU is gone. {NEW_VM}, with the "
             f"runtime {generation.runtime} for a {generation.name}."
         )
-    if generation.name not in CHIPS[found[0]]:
+    if found and generation.name not in CHIPS[found[0]]:
         there = " or ".join(CHIPS[found[0]])
         return fail(f"This is a {there}, expected {generation.name}: another slice.")
     if not drivers:
@@ -300,8 +300,6 @@ def hardware(generation: Generation, chips: int) -> Check:
             f"The image does not drive them: the wrong runtime. {NEW_VM}, with "
             f"--version (--runtime-version where it is queued) {generation.runtime}."
         )
-    if len(found) != chips:
-        return fail(f"Expected {chips} chips. {NEW_VM}.")
     return Check("TPU", True, text)
 
 

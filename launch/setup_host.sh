@@ -97,7 +97,8 @@ bring_python() {
   find_uv || with_patience install_uv
   find_uv || fail "uv was installed, and cannot be found or run."
   say "no Python 3.11 or later that can make an environment: bringing $version by $uv"
-  with_patience "$uv" python install "$version"
+  # Without a link to it in ~/.local/bin: only this tree shall use it.
+  UV_PYTHON_INSTALL_BIN=0 with_patience "$uv" python install "$version"
   # Not an environment's Python, which uv would find first, as venv.sh may remake it.
   PYTHON=$(cd / && UV_PYTHON_PREFERENCE=only-managed "$uv" python find --system \
     "$version") || fail "$uv has installed Python $version, and does not find it."

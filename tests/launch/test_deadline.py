@@ -133,7 +133,7 @@ def eventually(condition, seconds=20):
 def machine(tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Google)
     server.code, server.token, server.requests = 200, True, []
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     made = Machine(tmp_path, server)
     yield made

@@ -295,6 +295,33 @@ def test_killed_in_the_middle(host):
     assert any("was not finished: making it again" in line for line in lines)
 
 
+def test_killed_at_any_moment(host):
+    host.python("python3", "3.10.13")
+    for delay in (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4):
+        with host.start() as process:
+            time.sleep(delay)
+            os.killpg(process.pid, signal.SIGKILL)
+    status, lines = host.run()
+    assert status == 0 and "ready" in lines[-1], lines
+    assert host.host_env()["LM_SCALE_PYTHON"] == f"{host.tree}/.venv/bin/python"
+
+
+def test_killed_alone_what_it_has_started_goes_on(host):
+    host.python("python3", "3.12.1")
+    (host.fake / "pip.hangs").touch()
+    first = host.start()
+    wait_for_pip(host)
+    os.kill(first.pid, signal.SIGKILL)
+    with host.start() as second:
+        assert second.stdout is not None
+        lines = [second.stdout.readline() for _ in range(2)]
+        assert "another setup is at work here: waiting" in lines[1]
+        (host.fake / "pip.hangs").unlink()
+        assert "ready" in second.communicate(timeout=60)[0]
+    first.communicate(timeout=60)
+    assert len(host.calls()) == 1
+
+
 def test_a_python_that_has_all(host):
     """As on an image of one's own: this one, for real."""
     status, lines = host.run(LM_SCALE_PYTHON=sys.executable)
