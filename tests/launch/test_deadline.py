@@ -165,6 +165,7 @@ def test_deletes_itself_when_the_time_is_up(machine):
 
 def test_the_api_where_gcloud_may_not(machine):
     machine.fails("gcloud")
+    machine.stub("curl", f'exec {shutil.which("curl")} "$@"\n')
     assert machine.set(0, "--queued").returncode == 0
     eventually(lambda: len(machine.server.requests) > 1)
     place = "/v2/projects/p/locations/z-1/"
@@ -176,7 +177,8 @@ def test_the_api_where_gcloud_may_not(machine):
     assert called[0] == f"{first} --zone=z-1 --project=p"
     assert called[1] == f"{DELETE} --project=p"
     assert "PERMISSION_DENIED" in machine.log() and "HTTP 200" in machine.log()
-    assert TOKEN not in machine.log()
+    assert any("curl" in call for call in machine.called())
+    assert TOKEN not in machine.log() + "".join(machine.called())
 
 
 def test_stops_and_at_last_shuts_down(machine):
