@@ -47,7 +47,7 @@ main() { # EXTRA...
     with_patience make_venv "$@"
   fi
   write_host_env
-  say "ready: $python ($(describe_python "$python" | cut -d' ' -f1)), $SECONDS s"
+  say "ready: $python, $SECONDS s"
 }
 
 fail() {
@@ -79,10 +79,10 @@ print(*[name for name in need if util.find_spec(name) is None])')
     "install lm_scale with it ('pip install $root'), or unset it."
 }
 
+# If venv.sh will find no reason to make the environment again; it looks closer.
 usable_venv() { # FOLDER
-  local version
-  [ -f "$1/pyvenv.cfg" ] && [ ! -f "$1/lm_scale.unfinished" ] &&
-    version=$(describe_python "$1/bin/python") && new_enough "$version"
+  [ -f "$1/lm_scale.stamp" ] && [ ! -f "$1/lm_scale.unfinished" ] &&
+    [ -x "$1/bin/python" ]
 }
 
 # If a Python on PATH is new enough, and can make an environment.

@@ -138,7 +138,8 @@ def test_only_3_10_is_there(host):
     status, lines = host.run()
     assert status == 0, lines
     python = f"{host.tree}/.venv/bin/python"
-    assert lines[-1].startswith(f"lm_scale: ready: {python} (3.12.9)")
+    assert lines[-1].startswith(f"lm_scale: ready: {python}, ")
+    assert "3.12.9" in Path(python).read_text()
     folder = f"{host.tree}/.cache/uv"
     quiet = "--quiet --no-input --disable-pip-version-check"
     assert host.calls() == [
@@ -180,7 +181,17 @@ def test_takes_the_python_that_is_new_enough(host):
 def test_a_python_that_makes_no_environment_is_not_enough(host):
     host.python("python3", "3.12.3", no_ensurepip=1)  # as Ubuntu 24.04 has it
     status, lines = host.run()
-    assert status == 0 and "(3.12.9)" in lines[-1]
+    assert status == 0, lines
+    assert "3.12.9" in (host.tree / ".venv/bin/python").read_text()
+
+
+def test_an_environment_whose_python_has_gone(host):
+    host.python("python3", "3.10.13")
+    host.run()
+    (host.tree / ".venv/bin/python").unlink()
+    status, lines = host.run()
+    assert status == 0, lines
+    assert host.calls().count("uv python install 3.12") == 2
 
 
 def test_no_pip(host):
