@@ -28,6 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch import gke_nodes, jobset  # noqa: E402
+from launch.errors import Refused  # noqa: E402
 from launch.gke_nodes import Hardware  # noqa: E402
 from launch.image import EXTRAS, build  # noqa: E402
 from launch.jobset import MANAGED, Work  # noqa: E402
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(sys.argv[1:] if argv is None else argv)
     try:
         return options.verb(options) or 0
-    except (ValueError, Failed) as error:
+    except (Refused, Failed) as error:
         print(f"launch/gke.py: {error}", file=sys.stderr)
         return 1 if isinstance(error, Failed) else 2
 
@@ -156,7 +157,7 @@ def train(options: argparse.Namespace) -> int:
         return 0
     there = find(options, name)
     if there is not None and state(there) not in ("Completed", "Failed"):
-        raise ValueError(
+        raise Refused(
             f"{name} is there already ({state(there)}), and nothing was changed. "
             f"Follow it: launch/gke.py logs -f {name}; end it: launch/gke.py down "
             f"{name}."
@@ -177,7 +178,7 @@ def show(options: argparse.Namespace) -> None:
 
 
 def rendered(options: argparse.Namespace) -> dict[str, Any]:
-    """The JobSet that the options mean; ValueError for what cannot be."""
+    """The JobSet that the options mean; Refused for what cannot be."""
     check(options)
     prepares = options.what == "prepare"
     seconds = round(options.max_hours * 3600)
@@ -203,20 +204,20 @@ def rendered(options: argparse.Namespace) -> dict[str, Any]:
         spot=options.spot,
     )
     document = jobset.render(work)
-    check_no_secret(to_yaml(document))
+    check_no_secret(to_yaml(document) + shlex.join(options.overrides))
     return document
 
 
 def hardware(options: argparse.Namespace) -> Hardware:
     if options.slices > 1 and not options.slice:
-        raise ValueError("--slices is of TPUs: give --slice too, or use --nodes.")
+        raise Refused("--slices is of TPUs: give --slice too, or use --nodes.")
     if options.slice:
         return gke_nodes.tpu(options.slice, options.slices)
     if options.gpu:
         return gke_nodes.gpu(options.gpu, options.gpus_per_node, options.nodes)
     if options.cpus:
         return cores(options)
-    raise ValueError("what to train on? Give --slice v5e-16, --gpu NAME or --cpus N.")
+    raise Refused("what to train on? Give --slice v5e-16, --gpu NAME or --cpus N.")
 
 
 def cores(options: argparse.Namespace) -> Hardware:
@@ -226,9 +227,9 @@ def cores(options: argparse.Namespace) -> Hardware:
 
 
 def check(options: argparse.Namespace) -> None:
-    """ValueError for what Kubernetes would refuse later, or worse, would not."""
+    """Refused for what Kubernetes would refuse later, or worse, would not."""
     if not re.fullmatch(LABEL, options.name) or len(options.name) > NAME:
-        raise ValueError(
+        raise Refused(
             f"--name {options.name!r}: expected small letters, digits and hyphens, "
             f"{NAME} at most, with a letter or digit at both ends."
         )
@@ -236,33 +237,33 @@ def check(options: argparse.Namespace) -> None:
         value = getattr(options, flag)
         if value is not None and not re.fullmatch(rf"{LABEL}(\.{LABEL})*", value):
             dashed = flag.replace("_", "-")
-            raise ValueError(f"--{dashed} {value!r}: this is no name in Kubernetes.")
-    if not re.fullmatch(r"gs://[a-z0-9][\w.-]*(/[\w.-]+)*/?", options.bucket):
-        raise ValueError(f"--bucket {options.bucket!r}: expected gs://bucket/path.")
+            raise Refused(f"--{dashed} {value!r}: this is no name in Kubernetes.")
+    if not re.fullmatch(r"gs://[a-z0-9][\w.-]*(/[\w-][\w.-]*)*/?", options.bucket):
+        raise Refused(f"--bucket {options.bucket!r}: expected gs://bucket/path.")
     if not re.fullmatch(r"[\w.-]+(:\d+)?(/[\w.-]+)*(:[\w.-]+)?(@sha256:\w+)?",
                         options.image):  # fmt: skip
-        raise ValueError(f"--image {options.image!r}: expected REPOSITORY:TAG.")
+        raise Refused(f"--image {options.image!r}: expected REPOSITORY:TAG.")
     if not re.fullmatch(r"\d+([KMGT]i?)?", options.memory):
-        raise ValueError(f"--memory {options.memory!r}: expected such as 32Gi.")
+        raise Refused(f"--memory {options.memory!r}: expected such as 32Gi.")
     for flag in ("slices", "gpus_per_node", "nodes", "cpus", "max_hours"):
         value = getattr(options, flag)
         if value is not None and not 0 < value < 10_000:
             dashed = flag.replace("_", "-")
-            raise ValueError(f"--{dashed} {value:g}: expected a number above 0.")
+            raise Refused(f"--{dashed} {value:g}: expected a number above 0.")
     if options.max_restarts < 0:
-        raise ValueError(f"--max-restarts {options.max_restarts}: expected 0 or more.")
+        raise Refused(f"--max-restarts {options.max_restarts}: expected 0 or more.")
     for word in options.overrides:
         field = word.partition("=")[0].removeprefix("--").replace("_", "-")
         if word.startswith("--") and field in FOLDERS:
-            raise ValueError(f"--{field} is said by --bucket and --name: leave it out.")
+            raise Refused(f"--{field} is said by --bucket and --name: leave it out.")
 
 
 def check_no_secret(text: str) -> None:
-    """ValueError if a key is in what is sent: others could read it there."""
+    """Refused if a key is in what is sent: others could read it there."""
     for name in SECRETS:
         value = os.environ.get(name)
-        if value and value in text:
-            raise ValueError(
+        if value and len(value) > 7 and value in text:
+            raise Refused(
                 f"the value of {name} is in the arguments. Leave it out: "
                 f"`launch/gke.py secret NAME` keeps it, --secret NAME hands it over."
             )
@@ -275,9 +276,9 @@ def secret(options: argparse.Namespace) -> None:
     """Makes a Secret of the environment's keys, which pass through a pipe only."""
     found = {name: os.environ[name] for name in SECRETS if os.environ.get(name)}
     if not re.fullmatch(LABEL, options.name):
-        raise ValueError(f"secret {options.name!r}: this is no name in Kubernetes.")
+        raise Refused(f"secret {options.name!r}: this is no name in Kubernetes.")
     if not found:
-        raise ValueError(f"neither of {', '.join(SECRETS)} is set in the environment.")
+        raise Refused(f"neither of {', '.join(SECRETS)} is set in the environment.")
     document = {
         "apiVersion": "v1",
         "kind": "Secret",
@@ -332,7 +333,7 @@ def logs(options: argparse.Namespace) -> int:
     workers = item["spec"]["replicatedJobs"][0]["template"]["spec"]["parallelism"]
     slices = item["spec"]["replicatedJobs"][0].get("replicas", 1)
     if not 0 <= options.worker < workers * slices:
-        raise ValueError(
+        raise Refused(
             f"--worker {options.worker}: expected 0 to {workers * slices - 1}."
         )
     index, worker = divmod(options.worker, workers)
@@ -362,7 +363,7 @@ def logs(options: argparse.Namespace) -> int:
 
 def down(options: argparse.Namespace) -> None:
     if bool(options.name) == options.all:
-        raise ValueError("down: give the name of a run, or --all.")
+        raise Refused("down: give the name of a run, or --all.")
     which = ["--selector", OWNER] if options.all else [options.name]
     command = ["delete", "jobsets", *which, "--ignore-not-found", "--wait"]
     if options.dry_run:

@@ -4,6 +4,7 @@
 import re
 from dataclasses import dataclass
 
+from launch.errors import Refused
 from launch.slices import Generation, Slice, find
 
 # TPU names, https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus
@@ -45,19 +46,19 @@ class Hardware:
 
 
 def tpu(name: str, slices: int) -> Hardware:
-    """ValueError, with a message for the user, for what GKE has not."""
+    """Refused, with a message for the user, for what GKE has not."""
     found = find_slice(name)
     generation, chips = found.generation.name, found.chips
     if generation not in LABELS:
-        raise ValueError(
+        raise Refused(
             f"slice {name!r}: GKE has no TPU {generation}; it has {', '.join(LABELS)}. "
             f"For {generation} use launch/tpu.py."
         )
     topology = TOPOLOGIES[generation].get(chips)
     if topology is None:
-        raise ValueError(f"slice {name!r}: GKE has no topology of {chips} chips.")
+        raise Refused(f"slice {name!r}: GKE has no topology of {chips} chips.")
     if slices > 1 and (found.hosts == 1 or generation == "v3"):
-        raise ValueError(
+        raise Refused(
             f"--slices {slices} of {name!r}: GKE connects only slices of several VMs "
             f"each, and none of v3. Choose a larger slice, or --slices 1."
         )
@@ -83,7 +84,7 @@ def find_slice(name: str) -> Slice:
         return find(name)
     if int(seventh[1]) not in TPU7X.sizes:
         sizes = ", ".join(map(str, TPU7X.sizes))
-        raise ValueError(
+        raise Refused(
             f"slice {name!r}: there is none of {seventh[1]}. The number counts "
             f"TensorCores, 2 a chip; of tpu7x there are {sizes}."
         )

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from typing import Any
 
+from launch.errors import Refused
 from launch.jobset import CONTAINER
 
 
@@ -60,7 +61,7 @@ def find(options: argparse.Namespace, name: str) -> dict[str, Any] | None:
 def existing(options: argparse.Namespace, name: str) -> dict[str, Any]:
     item = find(options, name)
     if item is None:
-        raise ValueError(f"there is no run {name!r} here; see launch/gke.py list.")
+        raise Refused(f"there is no run {name!r} here; see launch/gke.py list.")
     return item
 
 

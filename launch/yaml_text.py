@@ -6,29 +6,32 @@ import re
 from typing import Any
 
 PLAIN = re.compile(r"[A-Za-z/][\w./-]*")  # strings that need no quotes in YAML
+LINES = re.compile(r"(?=\S)([ -~]*\S\n)+[ -~]*\S")  # that can stand as they are
 WORDS = {"true", "false", "null", "yes", "no", "on", "off", "y", "n"}  # but these
 
 
 def to_yaml(value: Any, indent: str = "") -> str:
-    """JSON values as YAML: lists and dicts in lines, strings as JSON has them."""
+    """JSON values as YAML: dicts and lists in lines, strings as JSON has them."""
+    deeper = indent + "  "
     if isinstance(value, dict) and value:
-        return "".join(
-            f"{indent}{scalar(key)}:{below(item, indent + '  ')}"
-            for key, item in value.items()
-        )
-    if isinstance(value, list) and value:
-        lines = [to_yaml(item, indent + "  ") for item in value]
-        return "".join(
-            f"{indent}- {text.removeprefix(indent + '  ')}" for text in lines
-        )
-    return f"{indent}{scalar(value)}\n"
+        lines = [f"{scalar(key)}:{below(item, deeper)}" for key, item in value.items()]
+    elif isinstance(value, list) and value:
+        lines = [
+            f"- {to_yaml(item, deeper).removeprefix(deeper)}"
+            if isinstance(item, dict | list)
+            else f"-{below(item, deeper)}"
+            for item in value
+        ]
+    else:
+        lines = [f"{scalar(value)}\n"]
+    return "".join(indent + line for line in lines)
 
 
 def below(value: Any, indent: str) -> str:
-    """A value of a dict, on the key's line if it fits there."""
+    """What follows a key or a hyphen: on its line, or in the next ones."""
     if isinstance(value, dict | list) and value:
         return "\n" + to_yaml(value, indent)
-    if isinstance(value, str) and re.fullmatch(r"(?=\S)([ -~]*\S\n)+[ -~]*\S", value):
+    if isinstance(value, str) and LINES.fullmatch(value):
         return " |-\n" + "".join(f"{indent}{line}\n" for line in value.split("\n"))
     return f" {scalar(value)}\n"
 
@@ -37,4 +40,5 @@ def scalar(value: Any) -> str:
     if isinstance(value, str) and PLAIN.fullmatch(value):
         if value.lower() not in WORDS:
             return value
-    return json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False)
+    return re.sub(r"[^ -~]", lambda found: f"\\U{ord(found[0]):08x}", text)

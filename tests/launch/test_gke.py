@@ -4,6 +4,7 @@ the command of a pod, which is run for real."""
 
 import base64
 import copy
+import functools
 import itertools
 import json
 import math
@@ -97,6 +98,7 @@ def closed(schema: Any) -> Any:
     return made
 
 
+@functools.cache
 def jobset_schema() -> dict[str, Any]:
     file = Path(__file__).with_name("schemas") / "jobset.yaml"
     (version,) = yaml.safe_load(file.read_text())["spec"]["versions"]
@@ -165,7 +167,7 @@ def test_all_options(hardware):
         if tuple(map(int, version.split(".")[:2])) >= (1, 31)  # podFailurePolicy is GA
     ]
     for options in OPTIONS:
-        validate(document(*hardware, *options), versions)
+        validate(document(*hardware, *options), [versions[0], versions[-1]])
     validate(document(verb="prepare"), versions)
 
 
@@ -312,6 +314,7 @@ def test_kubernetes_replaces_nothing_in_a_command():
         (["--cpus", "2", "--name", "Run_1"], "'Run_1': expected small letters"),
         (["--cpus", "2", "--name", "a" * 41], "40 at most"),
         (["--cpus", "2", "--bucket", "b/path"], "'b/path': expected gs://"),
+        (["--cpus", "2", "--bucket", "gs://b/../c"], "expected gs://"),
         (["--cpus", "2", "--image", "a b"], "expected REPOSITORY:TAG"),
         (["--cpus", "2", "--secret", "A"], "--secret 'A': this is no name"),
         (["--cpus", "2", "--service-account", "a_b"], "--service-account 'a_b'"),
@@ -641,7 +644,7 @@ def start(found: dict[str, Any], replaced: dict[str, str], **env: str):
     told = {one["name"]: one["value"] for one in container["env"] if "value" in one}
     return subprocess.Popen(
         words, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env={**os.environ, **told, **env}, cwd=ROOT,
+        env={**os.environ, **told, **env}, cwd=ROOT, start_new_session=True,
     )  # fmt: skip
 
 
@@ -700,19 +703,18 @@ def tiny_config(tmp_path_factory):
         f"sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
         "from pathlib import Path\n"
         "from tiny import causal_run\n"
-        f"config = causal_run(Path({str(folder)!r}), steps=300, save_every=100)\n"
+        f"config = causal_run(Path({str(folder)!r}), steps=150, save_every=50, "
+        "accumulate=1, eval_every=None)\n"
     )
     return file
 
 
 @needs_timeout
 @pytest.mark.slow
-@pytest.mark.parametrize("nodes", [1, 2])
-def test_a_pod_trains_is_stopped_and_goes_on(nodes, tmp_path, tiny_config):
-    """The rendered command, in as many processes as it says; a folder as the bucket."""
-    found = document("--cpus", "2", "--nodes", str(nodes))
-    shared, python = tmp_path / "bucket", f"{sys.executable} -m lm_scale"
-    port = free_port()
+def test_pods_train_are_stopped_and_go_on(tmp_path, tiny_config):
+    """The rendered command, as two processes; a folder is the bucket."""
+    found = document("--cpus", "2", "--nodes", "2")
+    shared, port = tmp_path / "shared", free_port()
     replaced = {
         "configs/quickstart.py": str(tiny_config),
         "gs://b/path": str(shared / "path"),
@@ -720,40 +722,38 @@ def test_a_pod_trains_is_stopped_and_goes_on(nodes, tmp_path, tiny_config):
     }
     command = container_of(found)["args"]
     assert command[0] == "lm-scale"
-    command[:1] = python.split()
+    command[:1] = [sys.executable, "-m", "lm_scale"]
 
     def run_all() -> list[subprocess.Popen]:
-        more = {"JAX_NUM_CPU_DEVICES": str(4 // nodes), "PYTHONPATH": str(ROOT)}
-        if nodes > 1:
-            assert environment(found)["LM_SCALE_NUM_PROCESSES"] == "2"
-            more["LM_SCALE_COORDINATOR"] = f"127.0.0.1:{port}"
-        place = [
-            {"LM_SCALE_PROCESS_ID": str(i)} if nodes > 1 else {} for i in range(nodes)
-        ]
+        more = {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
+        assert environment(found)["LM_SCALE_NUM_PROCESSES"] == "2"
+        more["LM_SCALE_COORDINATOR"] = f"127.0.0.1:{port}"
+        place = [{"LM_SCALE_PROCESS_ID": str(index)} for index in range(2)]
         return [start(found, replaced, **more, **one) for one in place]
 
     pods = run_all()
     metrics = shared / "path" / "r1" / "metrics.jsonl"
     try:
         end = time.monotonic() + 240
-        while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        while not (metrics.exists() and metrics.read_text().count("\n") > 1):
             assert all(pod.poll() is None for pod in pods), pods[0].communicate()
             assert time.monotonic() < end
             time.sleep(0.05)
         pods[-1].send_signal(signal.SIGTERM)  # to one: all of them stop
         said = [pod.communicate(timeout=120)[0] for pod in pods]
-        assert [pod.returncode for pod in pods] == [75] * nodes, said
+        assert [pod.returncode for pod in pods] == [75, 75], said
         steps = [int(path.name) for path in checkpoints(shared)]
-        assert steps and 0 < max(steps) < 300
+        assert steps and 0 < max(steps) < 150
         pods = run_all()
         said = [pod.communicate(timeout=240)[0] for pod in pods]
-        assert [pod.returncode for pod in pods] == [0] * nodes, said
+        assert [pod.returncode for pod in pods] == [0, 0], said
         assert f"Going on from step {max(steps)}" in said[0]
     finally:
         for pod in pods:
-            pod.kill()
+            if pod.poll() is None:
+                os.killpg(pod.pid, signal.SIGKILL)  # timeout, and what it runs
             pod.wait()
-    assert max(int(path.name) for path in checkpoints(shared)) == 300
+    assert max(int(path.name) for path in checkpoints(shared)) == 150
     assert (shared / "path" / "r1" / "eval_results.json").exists()
 
 
