@@ -19,7 +19,7 @@ What a test sees:
     cloud.home(name, i)         the home of a worker of the newest VM of that name
     cloud.vms                   every VM ever, oldest first: .name .incarnation .alive
     cloud.processes(name)       the ids of processes that run in that VM now
-    cloud.gcloud(*args)         runs gcloud; a CompletedProcess with text, and .seconds
+    cloud.gcloud(*args)         runs gcloud; .returncode .stdout .stderr .seconds
 
 What a test sets, before or in between:
     cloud.worker_env = lambda i: {...}     more environment for a worker's commands
@@ -131,6 +131,16 @@ def gcloud_missing() -> str:
 
 
 @dataclass
+class Done:
+    """What a command gave."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+    seconds: float
+
+
+@dataclass
 class Request:
     time: float
     method: str
@@ -153,7 +163,7 @@ class Operation:
     name: str
     target: str  # the resource's name
     left: float  # looks until it is done; infinity: it never is
-    finish: Callable[[], None]
+    finish: Callable[[], Any]
     error: dict | None = None
     done: bool = False
 
@@ -273,15 +283,15 @@ class FakeCloud:
             "CLOUDSDK_SURVEY_DISABLE_PROMPTS": "true",
         }
 
-    def gcloud(self, *args: str, timeout: float = 120, **kwargs: Any):
-        """Runs the real gcloud; what subprocess.run returns, with `.seconds`."""
+    def gcloud(self, *args: str, stdin: str = "", timeout: float = 120) -> Done:
+        """Runs the real gcloud."""
         start = time.monotonic()
         done = subprocess.run(
-            ["gcloud", *args], env=kwargs.pop("env", None) or self.env(), text=True,
-            timeout=timeout, capture_output=True, **{"stdin": subprocess.DEVNULL} | kwargs,
+            ["gcloud", *args], env=self.env(), input=stdin, timeout=timeout,
+            text=True, capture_output=True,
         )  # fmt: skip
-        done.seconds = time.monotonic() - start  # pyright: ignore
-        return done
+        seconds = time.monotonic() - start
+        return Done(done.returncode, done.stdout, done.stderr, seconds)
 
     def posts(self, pattern: str) -> list[Any]:
         return [
@@ -581,7 +591,7 @@ class FakeCloud:
             operation.error = self._operation_errors.pop(0)
             text = operation.error["message"].replace("{zone}", key[0])
             operation.error = operation.error | {"message": text}
-            operation.finish = lambda: self._queues.pop(key, None) and None
+            operation.finish = lambda: self._queues.pop(key, None)
         return operation.look()
 
     def _show_queue(self, key: tuple[str, str]) -> dict:
@@ -592,10 +602,11 @@ class FakeCloud:
 
     def _enter(self, key: tuple[str, str], state: str) -> None:
         queue = self._queues[key]
-        queue["state"] = {"state": state, "stateInitiator": "SERVICE"}
+        shown: dict[str, Any] = {"state": state, "stateInitiator": "SERVICE"}
+        queue["state"] = shown
         if state == "FAILED":
             text = STOCK_OUT.replace("{zone}", key[0])
-            queue["state"]["failedData"] = {"error": {"code": 8, "message": text}}
+            shown["failedData"] = {"error": {"code": 8, "message": text}}
         self._log(f"queue {key[1]}: {state}")
         if state == "ACTIVE":
             (spec,) = queue["tpu"]["nodeSpec"]
