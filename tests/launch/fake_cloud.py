@@ -19,6 +19,7 @@ What a test sees:
     cloud.home(name, i)         the home of a worker of the newest VM of that name
     cloud.vms                   every VM ever, oldest first: .name .incarnation .alive
     cloud.processes(name)       the ids of processes that run in that VM now
+    cloud.make(name, "v3-8")    a node that is READY at once, without gcloud
     cloud.gcloud(*args)         runs gcloud; .returncode .stdout .stderr .seconds
 
 What a test sets, before or in between:
@@ -292,6 +293,16 @@ class FakeCloud:
         )  # fmt: skip
         seconds = time.monotonic() - start
         return Done(done.returncode, done.stdout, done.stderr, seconds)
+
+    def make(self, name: str, accelerator: str = "v3-8", **body: Any) -> VM:
+        """A node that is READY, without gcloud; `zone` may be among the arguments."""
+        zone = body.pop("zone", "us-central1-a")
+        body = {"runtimeVersion": "tpu-ubuntu2204-base"} | body
+        with self._lock:
+            self._create((zone, name), {"acceleratorType": accelerator} | body)
+            while (zone, name) in self._creating:
+                self._look((zone, name))
+        return self.vm(name)
 
     def posts(self, pattern: str) -> list[Any]:
         return [
@@ -880,7 +891,7 @@ def describe(key: tuple[str, str], body: dict, vm: VM, queue: str) -> dict:
     ]  # fmt: skip
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     node = body | {
-        "name": resource(key, "nodes"), "id": str(abs(hash((key, vm.incarnation)))),
+        "name": resource(key, "nodes"), "id": str(uuid.uuid4().int >> 66),
         "apiVersion": "V2", "state": "CREATING", "health": "HEALTHY",
         "createTime": stamp, "networkEndpoints": ends,
     }  # fmt: skip
