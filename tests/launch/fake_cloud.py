@@ -43,7 +43,9 @@ What a test does:
     cloud.set_state(name, "REPAIRING"), cloud.suspend_queue(q), cloud.fail_queue(q)
 
 gcloud's sleeps are cut to a fiftieth (`hurry=50`): it repeats a failed ssh ten times
-5 s apart, and a 503 for half a minute. hurry=1 leaves them.
+5 s apart, and a 503 for half a minute. hurry=1 leaves them. Its start takes a second or
+two: one process loads its modules once for all clouds, and forks for every command
+(`warm=False` starts each anew). Both are the real gcloud's code, arguments and all.
 
 A worker's commands have a scrubbed environment: HOME, PATH, TMPDIR (of their own),
 GCE_METADATA_HOST, _IP and _ROOT (a metadata server, one a worker), worker_env, and
@@ -53,6 +55,7 @@ systemctl, systemd-run and apt-get fail. Absolute paths are this machine's: scp 
 those outside the sandbox. A `startup-script` in the metadata runs when the VM is READY.
 """
 
+import atexit
 import http.server
 import json
 import os
@@ -62,6 +65,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.parse
@@ -214,9 +218,10 @@ def error_body(status: int, message: str, name: str = "") -> dict:
 
 
 class FakeCloud:
-    def __init__(self, folder: Path, *, hurry: int = 50):
+    def __init__(self, folder: Path, *, hurry: int = 50, warm: bool = True):
         self.folder = Path(folder).resolve()
         self.hurry = hurry
+        self.warm = warm
         self.id = f"fake-{uuid.uuid4().hex[:12]}"
         self.requests: list[Request] = []
         self.events: list[tuple[float, str]] = []
@@ -854,14 +859,53 @@ class FakeCloud:
         real = shutil.which("gcloud")
         if real is None:
             return
-        if self.hurry == 1:
-            (self.folder / "bin" / "gcloud").symlink_to(real)
-            return
-        site = self.folder / "site"
-        (site / "sitecustomize.py").write_text(SHORT_SLEEPS % self.hurry)
-        text = "#!/bin/sh\nexport CLOUDSDK_PYTHON_SITEPACKAGES=1 PYTHONPATH="
-        text += f'{shlex.quote(str(site))}\nexec {shlex.quote(real)} "$@"\n'
-        write_program(self.folder / "bin" / "gcloud", text)
+        command = f'exec {shlex.quote(real)} "$@"'
+        if self.warm:
+            (client := self.folder / "client.py").write_text(CLIENT)
+            socket = shlex.quote(str(warm_gcloud(real)))
+            command = f'exec {python} -IS {shlex.quote(str(client))} {socket} "$@"'
+        (self.folder / "site" / "sitecustomize.py").write_text(SITE)
+        lines = [
+            "#!/bin/sh",
+            f"export CLOUDSDK_PYTHON_SITEPACKAGES=1 FAKE_CLOUD_HURRY={self.hurry}",
+            f"export PYTHONPATH={shlex.quote(str(self.folder / 'site'))}",
+            command,
+        ]
+        write_program(self.folder / "bin" / "gcloud", "\n".join(lines) + "\n")
+
+
+_warm: dict[str, Path] = {}  # by the real gcloud's path: where its process listens
+
+
+def warm_gcloud(real: str) -> Path:
+    """The socket of a gcloud that is loaded; it ends with this process."""
+    if real not in _warm:
+        folder = Path(tempfile.mkdtemp(prefix="warm-gcloud-"))
+        (folder / "sitecustomize.py").write_text(SITE)
+        env = {k: v for k, v in os.environ.items() if not k.startswith("CLOUDSDK_")}
+        env |= {
+            "CLOUDSDK_CONFIG": str(folder / "config"), "PYTHONPATH": str(folder),
+            "CLOUDSDK_PYTHON_SITEPACKAGES": "1", "HOME": str(folder),
+            "CLOUDSDK_CORE_DISABLE_USAGE_REPORTING": "true",
+            "CLOUDSDK_CORE_CHECK_GCE_METADATA": "false",
+            "CLOUDSDK_CORE_DISABLE_FILE_LOGGING": "true",
+            "FAKE_CLOUD_SOCKET": str(folder / "socket"),
+        }  # fmt: skip
+        log = open(folder / "log", "wb")
+        process = subprocess.Popen(
+            [real], env=env, stdin=subprocess.PIPE, stdout=log, stderr=log,
+            start_new_session=True,
+        )  # fmt: skip
+
+        def end() -> None:
+            assert process.stdin is not None
+            process.stdin.close()  # which it takes for the end
+            process.wait()
+            shutil.rmtree(folder, ignore_errors=True)
+
+        atexit.register(end)
+        _warm[real] = folder / "socket"
+    return _warm[real]
 
 
 def check(key: tuple[str, str], body: Any) -> None:
@@ -989,11 +1033,6 @@ def write_program(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
-SHORT_SLEEPS = """\
-import time
-sleep = time.sleep
-time.sleep = lambda seconds: sleep(seconds / %d)
-"""
 NOT_HERE = """\
 #!/bin/sh
 echo "$(basename "$0"): not in the fake cloud" >&2
@@ -1178,3 +1217,141 @@ def scp(argv):
 
 {"ssh": ssh, "scp": scp}[sys.argv[1]](sys.argv[2:])
 '''
+
+# Imported by gcloud's own Python before anything of gcloud: cuts its sleeps and, in the
+# process that is to stay warm, loads gcloud and forks for each command that comes.
+SITE = r'''
+import os, time
+
+_sleep = time.sleep
+time.sleep = lambda s: _sleep(s / int(os.environ.get("FAKE_CLOUD_HURRY", "1")))
+
+
+def serve(path):
+    import json, select, signal, socket, sys, threading
+
+    program = next(a for a in sys.orig_argv if a.endswith("gcloud.py"))
+    sys.argv = [program]
+    sys.path.insert(0, os.path.dirname(program))
+    sys.path.insert(0, os.path.join(os.path.dirname(program), "third_party"))
+    from googlecloudsdk import gcloud_main
+    from googlecloudsdk.api_lib.util import apis
+    from googlecloudsdk.core import config, log
+
+    for api in (("tpu", "v2"), ("compute", "v1")):
+        apis.GetMessagesModule(*api), apis.GetClientClass(*api)
+    cli = gcloud_main.CreateCLI([])
+    tpu_vm = ["create", "delete", "describe", "list", "scp", "ssh", "stop"]
+    commands = [("tpu-vm", verb) for verb in tpu_vm]
+    commands += [("queued-resources", verb) for verb in tpu_vm[:4]]
+    for group, verb in commands:  # a mistake, so that it only loads the modules
+        sys.argv = [program, "compute", "tpus", group, verb, "--no-such-flag"]
+        try:
+            cli.Execute()
+        except SystemExit:
+            pass
+    sys.stdout.flush()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(path + ".new")
+    server.listen(64)
+    os.rename(path + ".new", path)
+
+    def watch(line):
+        """Hands on the client's signals; ends with the client."""
+        while number := line.recv(1):
+            number = number[0]
+            (os.killpg if number == signal.SIGINT else os.kill)(os.getpid(), number)
+        os.killpg(0, signal.SIGKILL)
+
+    def work(line):
+        os.setpgid(0, 0)
+        data, fds, _, _ = socket.recv_fds(line, 1 << 20, 3)
+        size, _, data = data.partition(b" ")
+        while len(data) < int(size):
+            data += line.recv(1 << 20)
+        told = json.loads(data)
+        for number, fd in enumerate(fds):
+            os.dup2(fd, number)
+            os.close(fd)
+        for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.environ.clear()
+        os.environ.update(told["env"])
+        os.chdir(told["cwd"])
+        sys.argv = [program, *told["argv"]]
+        log.AddFileLogging(config.Paths().logs_dir)
+        threading.Thread(target=watch, args=(line,), daemon=True).start()
+        status = 1
+        try:
+            gcloud_main.main(cli)
+            status = 0
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(bool(end.code))
+        except KeyboardInterrupt:
+            status = 130
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:
+                pass
+        line.sendall(bytes([status & 255]))
+        os._exit(0)
+
+    while True:
+        ready, _, _ = select.select([server, 0], [], [])
+        if 0 in ready:
+            os._exit(0)
+        line, _ = server.accept()
+        if os.fork() == 0:
+            server.close()
+            work(line)
+        line.close()
+
+
+if "FAKE_CLOUD_SOCKET" in os.environ:
+    serve(os.environ.pop("FAKE_CLOUD_SOCKET"))
+'''
+
+# What stands for `gcloud` then: hands on its arguments, environment, streams, signals.
+CLIENT = r"""
+import os, signal, sys, time
+from json import dumps
+from socket import AF_UNIX, send_fds, socket
+
+line = socket(AF_UNIX)
+for _ in range(6000):  # it takes seconds to load
+    try:
+        line.connect(sys.argv[1])
+        break
+    except OSError:
+        time.sleep(0.01)
+else:
+    sys.exit("the warm gcloud did not start: see " + os.path.dirname(sys.argv[1]))
+told = {"argv": sys.argv[2:], "cwd": os.getcwd(), "env": dict(os.environ)}
+data = dumps(told).encode()
+data = b"%d " % len(data) + data
+got = None
+
+
+def forward(number, frame):
+    global got
+    got = number
+    line.sendall(bytes([number]))
+
+
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, forward)
+sent = send_fds(line, [data], [0, 1, 2])
+line.sendall(data[sent:])
+answer = line.recv(1)
+if answer:
+    os._exit(answer[0])
+if got:  # it died of it
+    signal.signal(got, signal.SIG_DFL)
+    os.kill(os.getpid(), got)
+sys.exit("the warm gcloud died")
+"""
