@@ -1236,6 +1236,7 @@ def serve(path):
     sys.path.insert(0, os.path.join(os.path.dirname(program), "third_party"))
     from googlecloudsdk import gcloud_main
     from googlecloudsdk.api_lib.util import apis
+    from googlecloudsdk.command_lib.util.ssh import ssh
     from googlecloudsdk.core import config, log
 
     for api in (("tpu", "v2"), ("compute", "v1")):
@@ -1282,6 +1283,8 @@ def serve(path):
         os.chdir(told["cwd"])
         sys.argv = [program, *told["argv"]]
         log.AddFileLogging(config.Paths().logs_dir)
+        hosts = os.path.expanduser("~/.ssh/google_compute_known_hosts")
+        ssh.KnownHosts.DEFAULT_PATH = hosts
         threading.Thread(target=watch, args=(line,), daemon=True).start()
         status = 1
         try:

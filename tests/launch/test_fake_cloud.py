@@ -2,6 +2,7 @@
 """The fake cloud, with the real gcloud: what it asks, says and returns."""
 
 import json
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -349,6 +350,39 @@ def test_a_vm_deletes_itself(tmp_path):
         command = f"gcloud compute tpus tpu-vm delete n1 --zone={ZONE} --quiet"
         assert ssh(cloud, vm.addresses[0], command).returncode == 255
         assert cloud.nodes() == [] and not vm.alive
+
+
+@with_gcloud
+def test_a_gcloud_that_is_killed_asks_no_more(cloud):
+    cloud.hang()
+    command = ["gcloud", "compute", "tpus", "tpu-vm", "create", "n1", f"--zone={ZONE}"]
+    command += ["--accelerator-type=v3-8", *OPTIONS]
+    for number, status in ((signal.SIGKILL, -9), (signal.SIGTERM, -15)):
+        process = subprocess.Popen(command, env=cloud.env(), stderr=subprocess.DEVNULL)
+        before = len(cloud.requests)
+        until(lambda n=before: len(cloud.requests) > n + 1)
+        process.send_signal(number)
+        assert process.wait() == status
+        asked = len(cloud.requests)
+        time.sleep(0.5)
+        assert len(cloud.requests) <= asked + 1
+        cloud._nodes.clear()
+        cloud.hang()
+
+
+@with_gcloud
+def test_gcloud_that_starts_anew_is_the_same(tmp_path):
+    said = []
+    for warm in (True, False):
+        with FakeCloud(tmp_path / str(warm), warm=warm) as cloud:
+            cloud.make("n2")
+            cloud.unreachable("n2", 0)
+            made = create(cloud)
+            gone = tpu_vm(cloud, "ssh", "n2", "--command=true", "--quiet")
+            done = [(d.returncode, d.stdout, d.stderr) for d in (made, gone)]
+            seen = [(r.method, r.path, r.query) for r in cloud.requests]
+            said.append((str(done).replace(str(cloud.folder), ""), seen))
+    assert said[0] == said[1]
 
 
 @with_gcloud
