@@ -17,15 +17,18 @@ def remains(cloud: Cloud, price: float | None = None) -> list[str]:
     if cloud.dry_run:
         return []
     found = cloud.all()
-    for kind, one in found:
-        print(f"exists: {line_of(kind, one, cloud, price)}")
+    queues = [one for kind, one in found if kind == "queue"]
+    runs = [str(run_of(one, queues)) for _, one in found]
+    for run, (kind, one) in zip(runs, found, strict=True):
+        print(f"exists: {line_of(run, kind, one, cloud, price)}")
     if not found:
         print(f"exists: nothing that a launch has made, in {cloud.zone}")
-    return [str(run_of(one)) for _, one in found]
+    return runs
 
 
-def line_of(kind: str, one: dict[str, Any], cloud: Cloud, price: float | None) -> str:
-    name = str(run_of(one))
+def line_of(
+    name: str, kind: str, one: dict[str, Any], cloud: Cloud, price: float | None
+) -> str:
     record = Record(name)
     price = price or (record.load().price if record.exists() else None)
     facts = [f"{kind} {name}", cloud.zone, str(one.get("acceleratorType", "")),

@@ -22,7 +22,7 @@ LABEL = "lm-scale-run"  # of all that a launch makes; its value is the run's nam
 ERRORS = (
     (r"active account|auth login|[Rr]eauthentication|invalid_grant|UNAUTHENTICATED",
      "login", "log in: gcloud auth login"),
-    (r"no more capacity|[Ss]tockout|STOCKOUT|insufficient capacity|ZONE_RESOURCE_POOL",
+    (r'"code": 8\b|no more capacity|[Ss]tockout|STOCKOUT|ZONE_RESOURCE_POOL',
      "capacity", "the zone has none left: try later, another zone, --spot or --queued"),
     (r"[Qq]uota", "quota",
      "the project's quota is used up or 0: look with `lm-scale launch tpu list`, "
@@ -31,17 +31,22 @@ ERRORS = (
     (r"NOT_FOUND|was not found|not found", "missing", "look with `launch tpu list`"),
     (r"SERVICE_DISABLED|has not been used in project|is disabled", "denied",
      "enable the API: gcloud services enable tpu.googleapis.com"),
-    (r"PERMISSION_DENIED|403|[Ff]orbidden", "denied",
+    (r'PERMISSION_DENIED|"code": 7\b|\b403\b|[Ff]orbidden', "denied",
      "the account lacks a permission (roles/tpu.admin, "
      "roles/iam.serviceAccountUser), or the project's name is wrong"),
-    (r"RESOURCE_EXHAUSTED|429|[Rr]ate ?[Ll]imit", "busy", "too many requests: wait"),
-    (r"UNAVAILABLE|503|502|500|INTERNAL|ConnectionError|Connection refused|"
+    (r"RESOURCE_EXHAUSTED|\b429\b|[Rr]ate ?[Ll]imit", "busy",
+     "too many requests: wait"),
+    (r"UNAVAILABLE|ABORTED|\b50[0234]\b|INTERNAL|ConnectionError|Connection refused|"
      r"Max retries|timed out|DEADLINE_EXCEEDED", "unavailable",
      "the service or the network is in trouble: wait"),
     (r"INVALID_ARGUMENT|FAILED_PRECONDITION|Failed to find attribute|unrecognized|"
      r"valid project|Invalid", "invalid", "change it"),
 )  # fmt: skip
-PASSING = ("capacity", "quota", "busy", "unavailable")  # may be otherwise later
+# May be otherwise later. gcloud repeats a request that got no answer: what exists, when
+# it is to be made, may be our own.
+PASSING = ("capacity", "quota", "busy", "unavailable", "exists")
+# A host that is gone is noticed in seconds, not when TCP gives up.
+SSH = ("ConnectTimeout=15", "ServerAliveInterval=15", "ServerAliveCountMax=4")
 
 
 class CloudError(Exception):
@@ -135,11 +140,13 @@ class Cloud:
 
     def all(self) -> list[tuple[str, dict[str, Any]]]:
         """("VM" or "queue", description) of all in the zone that launches have made."""
-        found = []
-        for what, kind in (("queued-resources", "queue"), ("tpu-vm", "VM")):
-            listed = json.loads(self._run(what, "list", "--format=json") or "[]")
-            found += [(kind, one) for one in listed if run_of(one) is not None]
-        return found
+        queues, nodes = (
+            json.loads(self._run(what, "list", "--format=json") or "[]")
+            for what in ("queued-resources", "tpu-vm")
+        )
+        return [("queue", one) for one in queues if run_of(one) is not None] + [
+            ("VM", one) for one in nodes if run_of(one, queues) is not None
+        ]
 
     def delete(self, name: str, *, queued: bool) -> None:
         """Deletes the VM, or the queued resource with its VM, and waits. Fine if gone.
@@ -163,8 +170,8 @@ class Cloud:
         gcloud tries up to ten times where ssh ends with 255: the command must bear it.
         """
         return self._call(
-            self._argv("tpu-vm", "ssh", name, f"--worker={worker}",
-                       "--strict-host-key-checking=no", f"--command={command}"),
+            self._argv("tpu-vm", "ssh", name, f"--worker={worker}", *flags("ssh"),
+                       f"--command={command}"),
             seconds,
         )  # fmt: skip
 
@@ -172,7 +179,7 @@ class Cloud:
         """Copies a file to all workers of a VM, with its mode."""
         return self._call(
             self._argv("tpu-vm", "scp", str(file), f"{name}:{to}", "--worker=all",
-                       "--strict-host-key-checking=no"),
+                       *flags("scp")),
             seconds,
         )  # fmt: skip
 
@@ -180,7 +187,7 @@ class Cloud:
         """Copies a file from worker 0."""
         return self._call(
             self._argv("tpu-vm", "scp", f"{name}:{path}", str(file), "--worker=0",
-                       "--strict-host-key-checking=no"),
+                       *flags("scp")),
             seconds,
         )  # fmt: skip
 
@@ -215,6 +222,12 @@ class Cloud:
         return call(argv, seconds)
 
 
+def flags(program: str) -> list[str]:
+    """Of ssh and scp: no question is asked, and a dead host is noticed."""
+    return ["--strict-host-key-checking=no", "--quiet",
+            *(f"--{program}-flag=-o{option}" for option in SSH)]  # fmt: skip
+
+
 def call(argv: Sequence[str], seconds: float) -> Done:
     """Runs a command to its end, or for so long, with no input and no terminal.
 
@@ -243,8 +256,17 @@ def call(argv: Sequence[str], seconds: float) -> Done:
     return Done(process.returncode, out, err)
 
 
-def run_of(described: dict[str, Any]) -> str | None:
-    """The name of the run that a VM or queued resource is of, by its label."""
+def run_of(
+    described: dict[str, Any], queues: Sequence[dict[str, Any] | None] = ()
+) -> str | None:
+    """The name of the run that a VM or queued resource is of, by its label.
+
+    queues: queued resources that are known; a VM that one of them made is of its run.
+    """
+    made_by = described.get("queuedResource", "-").split("/")[-1]
+    for queue in filter(None, queues):
+        if queue.get("name", "").split("/")[-1] == made_by:
+            return run_of(queue)
     return labels_of(described).get(LABEL)
 
 

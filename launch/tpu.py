@@ -197,9 +197,10 @@ def down(options: argparse.Namespace, rest: list[str]) -> int:
     failed = False
     for cloud in clouds(options):
         found = [] if cloud.dry_run else cloud.all()
-        for name in sorted({str(run_of(one)) for _, one in found}):
+        queues = [one for kind, one in found if kind == "queue"]
+        for name in sorted({str(run_of(one, queues)) for _, one in found}):
             if options.name in (None, name):
-                kinds = {kind for kind, one in found if run_of(one) == name}
+                kinds = {kind for kind, one in found if run_of(one, queues) == name}
                 say(f"deleting {name} ({' and '.join(sorted(kinds))}) in {cloud.zone}")
                 cloud.delete(name, queued="queue" in kinds)
                 close(name)

@@ -39,7 +39,7 @@ def bring_up(cloud: Cloud, launch: Launch, say: Say) -> None:
     queued = cloud.queued(launch.name) if launch.queued else None
     node = cloud.node(launch.name)
     for found in (queued, node):
-        check_ours(found, launch)
+        check_ours(found, launch, queued)
     state, queue = state_of(node), state_of(queued)
     dead = node is not None and state not in ("READY", *COMING)
     if dead or (queued is not None and queue not in QUEUING):
@@ -80,13 +80,15 @@ def wait(cloud: Cloud, launch: Launch, say: Say) -> None:
         time.sleep(launch.poll)
 
 
-def check_ours(found: dict[str, Any] | None, launch: Launch) -> None:
+def check_ours(
+    found: dict[str, Any] | None, launch: Launch, queued: dict[str, Any] | None
+) -> None:
     """Refused if what has the launch's name is not this launch's."""
     if found is None:
         return
     specs = found.get("tpu", {}).get("nodeSpec", [])
     node = specs[0].get("node", {}) if specs else found
-    if run_of(found) != launch.name:
+    if run_of(found, [queued]) != launch.name:
         raise Refused(
             f"{launch.name} in {launch.zone} exists and no launch of ours has made it. "
             f"Choose another --name."

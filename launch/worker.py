@@ -18,6 +18,7 @@ import base64
 import fcntl
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -83,6 +84,8 @@ def do(job):
     env = {**os.environ, "PYTHONUNBUFFERED": "1", **secrets()}
     env["LM_SCALE_VENV"] = str(FOLDER / "venv")  # it outlives the code
     print(f"--- job {job['id']}, {time.strftime('%F %T %Z')}", flush=True)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # many files are open
     unpack(job["tree"])
     RUN.mkdir(exist_ok=True)
     (RUN / "launch.json").write_text(json.dumps(job, indent=1) + "\n")

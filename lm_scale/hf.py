@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import Mesh
 
+from lm_scale import distributed
 from lm_scale.data.tokenizer import TOKENIZER_FILES
 from lm_scale.errors import InputError, one_line
 from lm_scale.hf_shards import deal_out, publish, write_files
@@ -59,8 +60,9 @@ def export(config: ModelConfig, params: Params, tokenizer, folder: Path | str) -
     """Writes a folder that `transformers.AutoModelFor...` and `AutoTokenizer` load.
 
     Weights are float32, in one file, or in several with an index. All processes call
-    it, with one folder that all of them see; each writes its share of the files. A file
-    gets its name when it is whole, and the weights get theirs last.
+    it; each writes its share of the files if all of them see the folder, else process
+    0 writes all into its own. A file gets its name when it is whole, and the weights
+    get theirs last.
     """
     folder, leads = Path(folder), jax.process_index() == 0
     draft, files = folder / ".export", deal_out(config, flatten(params))
@@ -69,8 +71,8 @@ def export(config: ModelConfig, params: Params, tokenizer, folder: Path | str) -
             shutil.rmtree(draft, ignore_errors=True)  # of an export that was killed
             draft.mkdir(parents=True)
             _write_settings(config, tokenizer, draft)
-        sync_global_devices("lm_scale.export: the draft's folder is there")
-        write_files(files, draft)
+        shared = all(distributed.everyone(draft.is_dir()))
+        write_files(files, draft, jax.process_count() if shared else 1)
         sync_global_devices("lm_scale.export: the draft is whole")
         if leads:
             publish(draft, folder)

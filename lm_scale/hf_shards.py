@@ -69,19 +69,21 @@ def deal_out(config: ModelConfig, flat: dict[str, jax.Array]) -> list[list[Block
     return files
 
 
-def write_files(files: Sequence[Sequence[Block]], draft: Path) -> None:
+def write_files(files: Sequence[Sequence[Block]], draft: Path, writers: int) -> None:
     """Writes all files into the draft; to be called by each process.
 
-    Process p writes the files p, p + processes ... The draft has the settings already.
+    Process p of the first `writers` ones writes the files p, p + writers ... The draft
+    has the settings already.
     """
-    process, processes = jax.process_index(), jax.process_count()
+    process = jax.process_index()
     paths = [draft / name for name in _file_names(len(files))]
     if process == 0 and len(files) > 1:
         _write_index(files, draft)
-    # A round is a file for each process: all of them write at the same time.
-    for first in range(0, len(files), processes):
-        tensors, mine = {}, first + process
-        for number in range(first, min(first + processes, len(files))):
+    # A round is a file for each writer: all of them write at the same time.
+    for first in range(0, len(files), writers):
+        tensors: dict[str, np.ndarray] = {}
+        mine = first + process if process < writers else len(files)
+        for number in range(first, min(first + writers, len(files))):
             for block in files[number]:
                 whole = _gather(block)
                 if number == mine:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -25,6 +26,7 @@ from lm_scale.generate import Sampling, complete
 from lm_scale.hub import HubUploads
 from lm_scale.lock import RunLock
 from lm_scale.loop import Loop
+from lm_scale.manifest import is_local
 from lm_scale.metrics import MetricsLogger
 from lm_scale.models import Model
 from lm_scale.optim import make_optimizer, make_schedule
@@ -108,8 +110,7 @@ class Text:
 def open_text(config: RunConfig, mesh: Mesh, console: Console) -> Text:
     """Text -> tokenizer -> token stores -> batches; made if they are not there yet."""
     distributed.on_first(lambda: check_run_dir(config))
-    for folder in (config.run_dir, config.store_dir):
-        distributed.check_shared(Path(folder))
+    check_folders(config)
     parts: list[Part] = ["train", "validation"] if config.evaluates else ["train"]
     tokenizer = prepare_data(config, console, parts)
     batches = open_train(config, tokenizer, mesh)
@@ -117,6 +118,21 @@ def open_text(config: RunConfig, mesh: Mesh, console: Console) -> Text:
     tokens = fingerprint(batches)
     distributed.agree(tokens)
     return Text(tokenizer, batches, held_out, tokens)
+
+
+def check_folders(config: RunConfig) -> None:
+    """InputError unless all processes see the checkpoints, and tokens or their own.
+
+    Nothing else in `run_dir` is needed by any but process 0.
+    """
+    checkpoints = epath.Path(config.checkpoints)
+    if is_local(checkpoints):
+        there = (path for path in checkpoints.parents if path.exists())
+        distributed.check_shared(Path(distributed.from_first(str(next(there, "/")))))
+    store = Path(config.store_dir)
+    made = (store / "train" / "manifest.json").exists()
+    if not all(distributed.everyone(made)):  # each had made the same for itself
+        distributed.check_shared(store)
 
 
 def run(

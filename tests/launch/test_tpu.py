@@ -68,7 +68,8 @@ def cloud(tmp_path):
     python.chmod(0o755)
     with FakeCloud(tmp_path / "cloud") as made:
         made.worker_env = lambda i: {
-            "LM_SCALE_PYTHON": str(python), "LM_SCALE_WORKER": str(i), **CPU,
+            "LM_SCALE_PYTHON": str(python), "LM_SCALE_WORKER": str(i),
+            "LM_SCALE_MACHINE": "sandbox", **CPU,
         }  # fmt: skip
         yield made
 
