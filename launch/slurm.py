@@ -38,8 +38,6 @@ POLL = 1.0  # s between looks at a log; the queue is asked every tenth time
 # for ever in the accounting database: no place for a secret.
 SECRET = re.compile(r".*(KEY|KEY_ID|TOKEN|SECRET|PASSWORD|PASSWD)", re.IGNORECASE)
 
-TRAIN, SLURM_OPTIONS = "train CONFIG [options] [-- --field value ...]", "Slurm"
-
 
 class Mistake(Exception):
     """What the user has to answer: exit status 2."""
@@ -128,7 +126,7 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
         help="run first on the first node, such as 'module load cuda'")  # fmt: skip
     add("--python", help="of the environment with lm_scale (the checkout's .venv)")
     add("--stop-before", type=number_from(1, 65535), default=120, metavar="S",
-        help="seconds before the limit in which training stops and saves (120)")  # fmt: skip
+        help="training stops, to save, S seconds before the limit (120)")  # fmt: skip
     add("--requeues", type=number_from(0), default=50, metavar="N",
         help="how often the job goes back into the queue (50)")  # fmt: skip
 
@@ -137,8 +135,10 @@ def number_from(least: int, most: int | None = None):
     def convert(text: str) -> int:
         number = int(text) if re.fullmatch(r"\d{1,9}", text) else -1
         if number < least or (most is not None and number > most):
-            limit = f"{least} on" if most is None else f"{least} to {most}"
-            raise argparse.ArgumentTypeError(f"{text!r}: expected a number from {limit}")
+            limit = "on" if most is None else f"to {most}"
+            raise argparse.ArgumentTypeError(
+                f"{text!r}: expected a number from {least} {limit}"
+            )
         return number
 
     return convert
@@ -166,8 +166,8 @@ def checked(options: argparse.Namespace) -> Run:
     name = options.name or Path(options.config).stem
     if not re.fullmatch(r"[A-Za-z0-9_][\w.-]{0,63}", name, re.ASCII) or name.isdigit():
         raise Mistake(
-            f"the name is {name!r}: expected letters, digits and _ . - (at most 64, not "
-            f"digits only), since a job and a folder get it; choose one by --name."
+            f"the name is {name!r}: expected at most 64 letters, digits and _ . - (not "
+            f"only digits), since a job and a folder get it; choose one by --name."
         )
     fields = options.fields
     if options.name and not any(re.match("--run[-_]dir(=|$)", x) for x in fields):
@@ -257,8 +257,8 @@ def directive_value(key: str, value: str) -> str:
     """As sbatch reads it: neither as a shell nor to the end of the line."""
     if not value or not value.isprintable() or '"' in value or "\\" in value:
         raise Mistake(
-            f"{key} = {value!r}: sbatch's directives cannot hold it (empty, a quotation "
-            f"mark, a backslash, or a line's end)."
+            f"{key} = {value!r}: sbatch's directives cannot hold it (empty, or with a "
+            f"quotation mark, a backslash or a line's end)."
         )
     return value if re.fullmatch(r"[\w@%+=:,./-]+", value, re.ASCII) else f'"{value}"'
 
@@ -266,14 +266,14 @@ def directive_value(key: str, value: str) -> str:
 # --- The script -----------------------------------------------------------------------
 
 # What each task runs. One that fails waits before it tells srun, which then ends the
-# others: they fail for the same reason in the same moments, and their own statuses count
-# (75: all have saved). srun's status is the highest one.
+# others: they fail for the same reason in the same moments, and their own statuses
+# count (75: all have saved). srun's status is the highest one.
 TASK = """\
 trap : TERM
 if [ -r {secrets} ]; then . {secrets}; fi
 "$@"
 status=$?
-[ "$status" = 0 ] || sleep 10
+[ "$status" = 0 ] || [ "$SLURM_NTASKS" = 1 ] || sleep 10
 exit "$status"
 """
 
@@ -289,7 +289,8 @@ say() {{ printf 'lm_scale: %s %s\\n' "$(date '+%F %T')" "$*"; }}
 trap : TERM # Slurm sends it to the tasks, too; this script waits for what they do
 
 code={quoted_code}
-say "job $SLURM_JOB_ID, start $((${{SLURM_RESTART_COUNT:-0}} + 1)), on $SLURM_JOB_NODELIST"
+starts=$((${{SLURM_RESTART_COUNT:-0}} + 1))
+say "job $SLURM_JOB_ID, start $starts, on $SLURM_JOB_NODELIST"
 say "code submitted: $code"
 {code_now}
 [ "$now" = "$code" ] || say "WARNING: code now: $now"
@@ -310,7 +311,7 @@ status=$?
 # again, too, and must not be.
 job=" $(scontrol show job --oneliner "$SLURM_JOB_ID" | head -n 1) "
 restarts=${{job##* Restarts=}}
-if [ "${{restarts%% *}}" -gt "${{SLURM_RESTART_COUNT:-0}}" ] 2>/dev/null; then
+if [ "${{restarts%% *}}" -ge "$starts" ] 2>/dev/null; then
   say "stopped with $status; Slurm has queued the job again"
   exit "$status"
 fi
@@ -326,11 +327,11 @@ case $job in
   finish 75
   ;;
 esac
-if [ "${{SLURM_RESTART_COUNT:-0}}" -ge {requeues} ]; then
-  say "stopped; queued again {requeues} times already: submit it again to go on"
+if [ "$starts" -gt {requeues} ]; then
+  say "stopped; it has started $starts times: submit it again to go on"
   finish 75
 fi
-say "stopped and saved; queued again, to go on"
+say "stopped with 75; queued again, to go on"
 scontrol requeue "$SLURM_JOB_ID" || finish 75
 exit 75
 """
@@ -532,18 +533,17 @@ def down(options: argparse.Namespace) -> int:
     if bool(options.job) == options.all:
         raise Mistake("expected a job's name or number, or --all.")
     jobs = [x for x in queued() if options.all or options.job in (x.name, x.number)]
+    saving = [job for job in jobs if job.state == "RUNNING" and options.grace]
+    for job in saving:  # as when it is preempted, but then it is not queued again
+        slurm("scontrol", "update", f"JobId={job.number}", "Requeue=0", fail=False)
+        slurm("scancel", "--signal=TERM", job.number, fail=False)
+    late = wait_for_end(saving, options.grace)
     for job in jobs:
-        if job.state != "PENDING" and options.grace:
-            # As when it is preempted, but then it is not queued again.
-            slurm("scontrol", "update", f"JobId={job.number}", "Requeue=0")
-            slurm("scancel", "--signal=TERM", job.number, fail=False)
-        else:
+        if job in late:
+            print(f"job {job.number}, {job.name}: cancelled after {options.grace} s")
+        if job in late or job not in saving:
             slurm("scancel", job.number)
-    left = wait_for_end(jobs, options.grace)
-    for job in left:
-        print(f"job {job.number}, {job.name}: not ended in {options.grace} s, cancelled")
-        slurm("scancel", job.number)
-    left = wait_for_end(left, 60)
+    left = wait_for_end(jobs, 120)
     for job in jobs:
         if job not in left:
             print(f"job {job.number}, {job.name}: ended")
@@ -608,14 +608,14 @@ def log_of(job: Job) -> Path:
 def find_log(wanted: str) -> Path:
     """The newest log, below this folder, of a job's name or number."""
     runs = Path.cwd() / "runs"
-    pattern = f"*/slurm/{wanted}.log" if wanted.isdigit() else f"{wanted}/slurm/*.log"
     if not re.fullmatch(r"[\w.-]+", wanted):
         raise Mistake(f"{wanted!r}: expected a job's name or number.")
+    pattern = f"*/slurm/{wanted}.log" if wanted.isdigit() else f"{wanted}/slurm/*.log"
     found = sorted(runs.glob(pattern), key=lambda path: path.stat().st_mtime)
     if not found:
         raise Mistake(
-            f"no job {wanted} of ours is running, and there is no log {runs}/{pattern}: "
-            f"start this in the folder in which the job was submitted."
+            f"no job {wanted} of ours is queued or running, and there is no log "
+            f"{runs}/{pattern}: start this where the job was submitted."
         )
     return found[-1]
 

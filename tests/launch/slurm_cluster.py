@@ -2,22 +2,23 @@
 """A Slurm cluster of one node, on this machine, for the tests: `with Cluster() as c`.
 
 munged, slurmctld and slurmd run as the current user, in the foreground, in a folder of
-their own and on free loopback ports; each is killed with the thread that started it.
+their own and on free loopback ports. This file, run as a guard, ends all that belongs
+to the cluster, jobs included, when the tests end in whatever way.
 """
 
-import ctypes
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sacct")
-NODE = "node"
+NODE = "localhost"  # a name that the processes of a run find
 WAIT = 20.0  # s for a daemon to answer
 
 CONF = """
@@ -36,8 +37,8 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.log
-SlurmctldDebug=debug
-SlurmdDebug=debug
+SlurmctldDebug=info
+SlurmdDebug=info
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
@@ -48,15 +49,15 @@ JobCompType=jobcomp/none
 MpiDefault=none
 ReturnToService=2
 KillWait=30
-SchedulerParameters=sched_min_interval=0,bf_interval=1,bf_min_age_reserve=0
+SchedulerParameters=sched_min_interval=0,bf_interval=1,sched_interval=1,bf_min_age_reserve=0
 # A job of "urgent" preempts one of "main", which is requeued after its grace time.
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 # As if it had so many CPUs and GPUs.
 SlurmdParameters=config_overrides
 GresTypes=gpu
-NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={slurmd_port} CPUs=8 \\
- RealMemory=4000 Gres=gpu:4
+NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={slurmd_port} \\
+ CPUs=8 RealMemory=4000 Gres=gpu:4 Feature=fast
 PartitionName=main Nodes={node} Default=YES PriorityTier=1 GraceTime={grace}
 PartitionName=urgent Nodes={node} PriorityTier=2
 """
@@ -81,6 +82,10 @@ class Cluster:
         # Not pytest's folder: a socket's path has at most 107 characters.
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
         self.conf = self.folder / "slurm.conf"
+        self.guard = subprocess.Popen(
+            [sys.executable, __file__, str(self.folder)],
+            stdin=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
         try:
             self._start()
         except BaseException:
@@ -122,7 +127,7 @@ class Cluster:
         self.daemons[name] = subprocess.Popen(
             [str(find(name)), *arguments], env={**os.environ, **self.env},
             stdin=subprocess.DEVNULL, stdout=(self.folder / f"{name}.out").open("wb"),
-            stderr=subprocess.STDOUT, preexec_fn=end_with_parent,
+            stderr=subprocess.STDOUT,
         )  # fmt: skip
 
     @property
@@ -137,6 +142,16 @@ class Cluster:
 
     def _idle(self) -> bool:
         return "idle" in self.run("sinfo", "-h", "-N", "-o", "%T").stdout
+
+    def preempt(self) -> None:
+        """Submits a short job that needs the whole node, and at once."""
+        urgent = ("-p", "urgent", "--exclusive", "-o", "/dev/null", "--wrap", "true")
+        done = self.run("sbatch", *urgent)
+        assert done.returncode == 0, done.stderr
+
+    def cancel_all(self) -> None:
+        self.run("scancel", f"--user={os.getuid()}")
+        self.until(lambda: not self.run("squeue", "-h").stdout, "an empty queue", 60)
 
     def job(self, number: str) -> dict[str, str]:
         """What `scontrol show job` says; empty for a job that is not known."""
@@ -161,12 +176,14 @@ class Cluster:
 
     def __exit__(self, *_) -> None:
         """Ends the jobs, then the daemons, then what jobs may have left."""
-        if "slurmd" in self.daemons:
-            self.run("scancel", "--signal=KILL", "--full", f"--user={os.getuid()}")
-            self.run("scancel", f"--user={os.getuid()}")
-            end = time.monotonic() + 20
-            while self.run("squeue", "-h").stdout and time.monotonic() < end:
-                time.sleep(0.2)
+        try:
+            if "slurmd" in self.daemons:
+                self.run("scancel", "--signal=KILL", "--full", f"--user={os.getuid()}")
+                self.cancel_all()
+        finally:
+            self._end()
+
+    def _end(self) -> None:
         for daemon in reversed(self.daemons.values()):
             daemon.terminate()
         for daemon in self.daemons.values():
@@ -175,24 +192,35 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
-        for pid in self.leftovers():
+        assert self.guard.stdin is not None
+        self.guard.stdin.close()
+        self.guard.wait()
+
+
+def members(folder: Path) -> list[int]:
+    """The processes of the cluster in a folder: daemons, slurmstepd, what jobs run."""
+    mark = f"SLURM_CONF={folder}/slurm.conf".encode()
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if mark in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+        except OSError:  # it has ended, or is another user's
+            pass
+    return found
+
+
+def guard(folder: Path) -> None:
+    """Waits until whoever started it closes its input, as the end of a process does."""
+    sys.stdin.read()
+    while pids := members(folder):
+        for pid in pids:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def leftovers(self) -> list[int]:
-        """The processes with this cluster's SLURM_CONF: slurmstepd and its tasks."""
-        mark = f"SLURM_CONF={self.conf}".encode()
-        found = []
-        for path in Path("/proc").glob("[0-9]*/environ"):
-            try:
-                if mark in path.read_bytes().split(b"\0"):
-                    found.append(int(path.parent.name))
-            except OSError:  # it has ended, or is another user's
-                pass
-        return found
+        time.sleep(0.05)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def free_port() -> int:
@@ -201,7 +229,5 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def end_with_parent() -> None:
-    """Linux kills the daemon if the tests die without a chance to."""
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+if __name__ == "__main__":
+    guard(Path(sys.argv[1]))
