@@ -46,10 +46,11 @@ def supervise(cloud: Cloud, launch: Launch, record: Record) -> int:
             bring_results(cloud, launch)
             return end(cloud, launch, record, 0)
         say(f"{launch.name}: {outcome.said}")
-        if outcome.kind == "failed":
+        if outcome.kind == "failed" or (outcome.kind == "broken" and outcome.worker):
             tail = read_log(cloud, launch, -6000, outcome.worker)
             print(f"--- the end of worker {outcome.worker}'s log:\n"
                   f"{tail.decode(errors='replace')}", flush=True)  # fmt: skip
+        if outcome.kind == "failed":
             return end(cloud, launch, record, outcome.status)
         if launch.tried >= launch.attempts:
             say(f"{launch.tried} attempts have brought the run no further: giving up")
