@@ -4,6 +4,7 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,9 @@ from lm_scale.distributed import end_run, prefix
 
 STOPPED = 75  # exit status: run the same command to go on
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
+# Slurm sends SIGTERM twice in the same second when it preempts a job: to the step, and
+# to all that the batch script has started. That is one wish, not two.
+ECHO = 1.0  # s
 
 
 class Signals:
@@ -25,9 +29,13 @@ class Signals:
 
     def listen(self, pipe: int) -> None:
         """Reads the numbers of signals, a byte each, until a 0."""
-        first = True
+        first, echo_until = True, 0.0
         while number := os.read(pipe, 1)[0]:
+            if number == signal.SIGTERM and time.monotonic() < echo_until:
+                continue
             if number in NUMBERS:
+                if first and number == signal.SIGTERM:
+                    echo_until = time.monotonic() + ECHO
                 self._hear(signal.Signals(number).name, first)
                 first = False
 

@@ -96,6 +96,23 @@ def test_with_new_steps_the_first_is_told_and_the_second_ends_it(start):
     assert "a second signal, so at once" in rest and "unwound" not in rest
 
 
+def test_the_same_sigterm_sent_twice_is_one(start):
+    process = start(
+        sys.executable,
+        "-c",
+        BUSY + "import signal\n"
+        "with stop_on_signals() as signals:\n"
+        "    signals.at_once = None\n"
+        "    signal.raise_signal(signal.SIGTERM)\n"
+        "    signal.raise_signal(signal.SIGTERM)\n"
+        "    signals.told.wait()\n"
+        "print('left')\n",
+    )
+    shown = read_until(process, "left")
+    assert process.wait(timeout=60) == 0
+    assert shown.count("stopping when this step is done") == 1
+
+
 def test_the_first_is_told_while_the_main_thread_is_busy(start):
     process = start(
         sys.executable,
@@ -113,7 +130,7 @@ def test_the_first_is_told_while_the_main_thread_is_busy(start):
     read_until(process, "ready")
     process.send_signal(signal.SIGTERM)
     read_until(process, "told")
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
     end(process)
 
 
@@ -197,12 +214,13 @@ def test_one_of_two_processes_is_signalled_and_both_end(start, tmp_path, at_once
     os.kill(int(pid), signal.SIGTERM)
     if at_once is None:
         read_until(process, "[1] process 1: SIGTERM: stopping when this step is done")
-        os.kill(int(pid), signal.SIGTERM)
+        os.kill(int(pid), signal.SIGINT)
     shown, _ = process.communicate(timeout=60)
     assert [(tmp_path / f"{i}").read_text() for i in range(2)] == ["75\n", "75\n"], (
         shown
     )
     why = at_once or "a second signal, so at once"
-    assert f"[1] process 1: stopped by SIGTERM, {why}: run the same command" in shown
-    told = "[0] process 0: ended, as process 1 was stopped by SIGTERM"
+    name = "SIGINT" if at_once is None else "SIGTERM"
+    assert f"[1] process 1: stopped by {name}, {why}: run the same command" in shown
+    told = f"[0] process 0: ended, as process 1 was stopped by {name}"
     assert f"{told}, {why}: run the same command" in shown
