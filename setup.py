@@ -47,6 +47,7 @@ setup(
             "gguf>=0.19",
             "gcsfs>=2026",
             "gcp-storage-emulator>=2026",
+            "kubernetes-validate>=1.37",
         ],
         "gcs": ["gcsfs>=2026"],
         "tpu": ["jax[tpu]>=0.10.2"],

@@ -56,6 +56,11 @@ class Launch:
         """When the VM deletes itself, in seconds since 1970."""
         return int(self.began + 3600 * self.max_hours)
 
+    @property
+    def saving(self) -> float:
+        """Seconds before the deadline in which nothing starts any more."""
+        return min(150.0, 360 * self.max_hours)
+
     def made(self) -> Slice:
         return find(self.slice)
 

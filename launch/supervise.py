@@ -14,8 +14,6 @@ from launch.gcloud import PASSING, Cloud, CloudError
 from launch.record import Launch, Record
 from launch.vm import COMING, NoVM, Unreachable, bring_up, start_job, state_of
 
-SAVING = 150  # s before the VM deletes itself, in which what runs has to save
-
 
 def say(text: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
@@ -30,7 +28,7 @@ def supervise(cloud: Cloud, launch: Launch, record: Record) -> int:
     """Attempt after attempt, until the run is done or must not go on."""
     while True:
         try:
-            if time.time() > launch.deadline - SAVING:
+            if time.time() > launch.deadline - launch.saving:
                 say(f"--max-hours {launch.max_hours:g} are over")
                 return end(cloud, launch, record, 75)
             outcome = attempt(cloud, launch, record)

@@ -177,14 +177,16 @@ def job_of(launch: Launch) -> dict[str, Any]:
                       "--name", launch.name, "--zone", launch.zone,
                       "--project", launch.project or "",
                       *(["--queued"] if launch.queued else []),
-                      "--pid-file", "{FOLDER}/pid"]),
+                      "--pid-file", "{FOLDER}/pid",
+                      "--save-seconds", str(int(0.8 * launch.saving))]),
         ("setup", ["bash", "launch/setup_host.sh", "tpu", "gcs"]),
         ("health", ["{LM_SCALE_PYTHON}", "launch/health.py",
                     "--expect-devices", str(made.devices_per_host),
                     "--expect-kind", made.generation.kind]),
     ]  # fmt: skip
     if launch.config is not None:
-        flags = ["--run-dir", "{RUN}", *launch.arguments]
+        # From the code's folder: the same words on all workers.
+        flags = ["--run-dir", "../run", *launch.arguments]
         if launch.bucket is not None:
             flags += ["--checkpoint-dir", f"{launch.bucket}/{launch.name}"]
         if made.hosts > 1:

@@ -133,7 +133,7 @@ def forget_secrets():
 
 def expand(word, env):
     """A word of a stage's command, with the places that only this VM knows."""
-    places = {"FOLDER": str(FOLDER), "RUN": str(RUN)}
+    places = {"FOLDER": str(FOLDER)}
     places["LM_SCALE_PYTHON"] = env.get("LM_SCALE_PYTHON", "python3")
     for name, value in places.items():
         word = word.replace("{" + name + "}", value)

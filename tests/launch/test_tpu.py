@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -17,8 +18,10 @@ import time
 from pathlib import Path
 
 import pytest
-from fake_cloud import FakeCloud, gcloud_missing
+from fake_cloud import TYPES, FakeCloud, gcloud_missing
 from tiny import WORDS
+
+from launch.slices import GENERATIONS, find
 
 ROOT = Path(__file__).resolve().parents[2]
 CANARY = {"WANDB_API_KEY": "canary-of-wandb", "HF_TOKEN": "canary-of-the-hub"}
@@ -219,7 +222,7 @@ def test_two_workers_train_as_one_and_one_that_dies_costs_the_vm(
         "JAX_NUM_CPU_DEVICES": "4",
     }  # fmt: skip
     port = free_port()
-    bucket, longer = tmp_path / "bucket", [*TINY, "--steps", "400", "--keep", "None"]
+    bucket, longer = tmp_path / "bucket", [*TINY, "--steps", "48", "--keep", "None"]
     process = launcher.start(*train(checkout, tmp_path, slice_="v4-16"), "--", *longer)
     wait_for(lambda: len(steps(bucket)) > 2)
     cloud.kill_worker("small", 1)
@@ -229,7 +232,7 @@ def test_two_workers_train_as_one_and_one_that_dies_costs_the_vm(
     assert "no answer from worker 1 (1 of 3)" in shown
     assert "worker 1 does not answer" in shown
     assert len(cloud.vms) == 2 and cloud.nodes() == []
-    assert steps(bucket)[-1] == 400 and "Going on from step" in shown
+    assert steps(bucket)[-1] == 48 and "Going on from step" in shown
 
 
 def free_port() -> int:
@@ -462,6 +465,83 @@ def test_a_disk_that_is_full_costs_the_vm_and_then_ends_it(launcher, cloud):
     assert process.returncode == 1, shown
     assert "No space left on device" in shown
     assert "giving up" in shown and cloud.nodes() == []
+
+
+@pytest.mark.slow
+def test_the_vm_deletes_itself_though_the_launcher_is_dead(launcher, cloud):
+    cloud.vm_gcloud = True
+    process = launcher.start(*vm_only("--max-hours", "0.01"))  # 36 s
+    wait_for(
+        lambda: cloud.vms and (cloud.home("small") / ".lm_scale/deadline").exists()
+    )
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert cloud.state("small") == "READY"
+    wait_for(lambda: cloud.nodes() == [])
+    assert launcher.state("small")["status"] is None
+    assert "--max-hours 0.01 are over" in launcher("resume", "small", status=75)
+    assert len(cloud.posts("/nodes$")) == 1  # nor is it made again
+
+
+# --- What the real parser says --------------------------------------------------------
+
+
+def commands_of(*arguments: str, **env: str) -> list[list[str]]:
+    """The gcloud commands that --dry-run prints."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch/tpu.py"), *arguments, "--dry-run"],
+        text=True, capture_output=True, env={**os.environ, **env},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [shlex.split(line) for line in done.stdout.splitlines()
+            if line.startswith("gcloud ")]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_every_command_passes_the_real_parser(cloud, tmp_path):
+    """Which ends a command that it takes with: there is no account."""
+    home = {"LM_SCALE_LAUNCHES": str(tmp_path / "records")}
+    every = [
+        commands_of(*vm_only(*more, slice_=name), **home)
+        for name, more in [
+            ("v2-8", []), ("v3-32", ["--spot"]), ("v4-16", ["--queued"]),
+            ("v5e-16", ["--queued", "--spot", "--project", "my-project"]),
+            ("v5p-64", ["--runtime", "v2-alpha-tpuv5", "--create=--network=other"]),
+            ("v6e-8", ["--create=--internal-ips", "--create=--tags=a,b"]),
+        ]
+    ]  # fmt: skip
+    record = tmp_path / "records/small"
+    record.mkdir(parents=True)
+    state = {"name": "small", "slice": "v3-8", "zone": "us-central1-a"}
+    (record / "state.json").write_text(json.dumps(state))
+    every += [
+        commands_of(*verb, **home)
+        for verb in (
+            ["status", "small"], ["logs", "small", "--worker", "0"],
+            ["ssh", "small", "--worker", "0"], ["down", "small"], ["list"],
+            ["down", "--all"], ["resume", "small"],
+        )
+    ]  # fmt: skip
+    unique = {}
+    for command in (one for some in every for one in some):
+        flags = [word.split("=")[0] for word in command if word.startswith("--")]
+        unique[tuple(command[:5]), tuple(sorted(flags))] = command
+    env = cloud.env()
+    del env["CLOUDSDK_AUTH_DISABLE_CREDENTIALS"]
+    assert len(unique) > 10
+    for command in unique.values():
+        done = subprocess.run(command, env=env, text=True, capture_output=True)
+        assert done.returncode == 1, (command, done.stderr)
+        assert "do not currently have an active account" in done.stderr, command
+    assert cloud.requests == []
+    wrong = [*next(iter(unique.values())), "--no-such-flag"]
+    assert subprocess.run(wrong, env=env, capture_output=True).returncode == 2
+
+
+def test_all_slices_are_of_types_that_google_lists():
+    for generation in GENERATIONS:
+        for size in generation.sizes:
+            assert find(f"{generation.name}-{size}").name in TYPES
 
 
 # --- Wrong usage ----------------------------------------------------------------------
