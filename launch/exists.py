@@ -3,7 +3,7 @@
 
 import time
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TextIO
 
 from launch.gcloud import Cloud, CloudError, labels_of, run_of
 from launch.record import Record
@@ -12,7 +12,9 @@ from launch.vm import state_of
 PROG = "launch/tpu.py"
 
 
-def remains(cloud: Cloud, price: float | None = None) -> list[str]:
+def remains(
+    cloud: Cloud, price: float | None = None, out: TextIO | None = None
+) -> list[str]:
     """Prints all that launches have made in the zone and that exists; its names."""
     if cloud.dry_run:
         return []
@@ -20,9 +22,9 @@ def remains(cloud: Cloud, price: float | None = None) -> list[str]:
     queues = [one for kind, one in found if kind == "queue"]
     runs = [str(run_of(one, queues)) for _, one in found]
     for run, (kind, one) in zip(runs, found, strict=True):
-        print(f"exists: {line_of(run, kind, one, cloud, price)}")
+        print(f"exists: {line_of(run, kind, one, cloud, price)}", file=out)
     if not found:
-        print(f"exists: nothing that a launch has made, in {cloud.zone}")
+        print(f"exists: nothing that a launch has made, in {cloud.zone}", file=out)
     return runs
 
 

@@ -61,6 +61,12 @@ class Launch:
         """Seconds before the deadline in which nothing starts any more."""
         return min(150.0, 360 * self.max_hours)
 
+    @property
+    def run(self) -> str:
+        """Of the run's folders: one VM may have runs of several configs."""
+        stem = slug(self.config or self.name)
+        return self.name if stem == self.name else f"{self.name}-{stem}"
+
     def made(self) -> Slice:
         return find(self.slice)
 
@@ -126,6 +132,11 @@ def home() -> Path:
 def names() -> list[str]:
     """Of the launches that are recorded here."""
     return sorted(path.parent.name for path in home().glob("*/state.json"))
+
+
+def slug(config: str) -> str:
+    """A name of a config's file, such as a VM can have."""
+    return re.sub("[^a-z0-9]+", "-", Path(config).stem.lower()).strip("-")[:40]
 
 
 def check_name(name: str) -> str:

@@ -50,6 +50,8 @@ def supervise(cloud: Cloud, launch: Launch, record: Record) -> int:
                   f"{tail.decode(errors='replace')}", flush=True)  # fmt: skip
         if outcome.kind == "failed":
             return end(cloud, launch, record, outcome.status)
+        if outcome.kind == "broken" and has_only_copy(launch):
+            return end(cloud, launch, record, 1)
         if launch.tried >= launch.attempts:
             say(f"{launch.tried} attempts have brought the run no further: giving up")
             return end(cloud, launch, record, 1)
@@ -114,7 +116,7 @@ def bring_results(cloud: Cloud, launch: Launch) -> None:
         return
     there = f"lm_scale/{launch.name}"
     cloud.ssh(launch.name, f"python3 {there}/worker.py pack", worker=0, seconds=1800)
-    folder = Path("runs") / launch.name
+    folder = Path("runs") / launch.run
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "run.tar.gz"
         done = cloud.copy_from(launch.name, f"{there}/run.tar.gz", file, seconds=3600)
@@ -133,11 +135,23 @@ def end(cloud: Cloud, launch: Launch, record: Record, status: int) -> int:
     launch.status, launch.phase = status, "done" if status == 0 else "ended"
     record.save(launch)
     unused = launch.config is None and status != 0  # one that `up` could not set up
-    if not launch.keep or unused:
+    if has_only_copy(launch) and status != 0:
+        say(f"{launch.name} stays: without --bucket it has the only checkpoints")
+    elif not launch.keep or unused:
         say(f"deleting {launch.name}")
-        cloud.delete(launch.name, queued=launch.queued)
-    remains(cloud)
+        try:
+            cloud.delete(launch.name, queued=launch.queued)
+        except CloudError as error:
+            say(f"{error}\nIt is there still: {PROG} down {launch.name}")
+            remains_if_possible(cloud)
+            return status or 1
+    remains_if_possible(cloud)
     return status
+
+
+def has_only_copy(launch: Launch) -> bool:
+    """If the run's checkpoints are on its VM and nowhere else."""
+    return launch.config is not None and launch.bucket is None and launch.step >= 0
 
 
 def leave(cloud: Cloud, launch: Launch, record: Record) -> int:

@@ -32,7 +32,7 @@ from launch.errors import Refused  # noqa: E402
 from launch.exists import PROG, ago, remains, until  # noqa: E402
 from launch.follow import ask, read_log  # noqa: E402
 from launch.gcloud import Cloud, CloudError, run_of  # noqa: E402
-from launch.record import Launch, Record, check_name, names  # noqa: E402
+from launch.record import Launch, Record, check_name, names, slug  # noqa: E402
 from launch.slices import find  # noqa: E402
 from launch.supervise import again, close, say, supervise  # noqa: E402
 from launch.vm import bring_up, describe, start_job, state_of  # noqa: E402
@@ -176,6 +176,7 @@ def logs(options: argparse.Namespace, rest: list[str]) -> int:
                 for line in text.decode(errors="replace").splitlines():
                     print(mark + line, flush=True)
         if not options.follow or cloud.dry_run:
+            remains(cloud, out=sys.stderr)
             return 0
         time.sleep(launch.poll)
 
@@ -183,7 +184,9 @@ def logs(options: argparse.Namespace, rest: list[str]) -> int:
 def ssh(options: argparse.Namespace, rest: list[str]) -> int:
     """A shell on a worker, or a command after --."""
     launch = Record(options.name).load()
-    code = cloud_of(launch, options.dry_run).shell(options.name, options.worker, rest)
+    cloud = cloud_of(launch, options.dry_run)
+    code = cloud.shell(options.name, options.worker, rest)
+    remains(cloud, out=sys.stderr)
     return min(code, 1)
 
 
@@ -229,8 +232,7 @@ def new_launch(
 ) -> Launch:
     """What the options ask for; Refused, before anything costs, if it cannot be."""
     made = find(options.slice)
-    default = re.sub("[^a-z0-9]+", "-", Path(config or made.name).stem.lower())
-    name = check_name(options.name or default.strip("-")[:40])
+    name = check_name(options.name or slug(config or made.name))
     if not re.fullmatch(r"[a-z]+-[a-z]+\d+-[a-z]", options.zone):
         raise Refused(
             f"zone {options.zone!r}: expected one such as {made.generation.zone}."
@@ -271,8 +273,8 @@ def fields(config: str | None, rest: list[str]) -> list[str]:
     for one in rest:
         if one.split("=")[0].replace("_", "-") in ("--run-dir", "--checkpoint-dir"):
             raise Refused(
-                f"{one}: the launch sets it: the run is lm_scale/NAME/run on the VM, "
-                f"its checkpoints are in --bucket."
+                f"{one}: the launch sets it: the run is in lm_scale/NAME/runs on the "
+                f"VM, its checkpoints are in --bucket."
             )
     if config is not None:
         check_config(config, rest)

@@ -186,9 +186,9 @@ def job_of(launch: Launch) -> dict[str, Any]:
     ]  # fmt: skip
     if launch.config is not None:
         # From the code's folder: the same words on all workers.
-        flags = ["--run-dir", "../run", *launch.arguments]
+        flags = ["--run-dir", f"../runs/{launch.run}", *launch.arguments]
         if launch.bucket is not None:
-            flags += ["--checkpoint-dir", f"{launch.bucket}/{launch.name}"]
+            flags += ["--checkpoint-dir", f"{launch.bucket}/{launch.run}"]
         if made.hosts > 1:
             # The VMs share no folder: each makes the same tokens for itself, alone.
             alone = ["--coordinator=localhost:1", "--process_id=0", "--num_processes=1"]
@@ -199,7 +199,7 @@ def job_of(launch: Launch) -> dict[str, Any]:
         stages.append(("train", [*lm_scale, "train", launch.config, *flags]))
     return {
         "id": f"{int(launch.began)}-{launch.job}",
-        "name": launch.name,
+        "run": launch.run,
         "commit": launch.commit,
         "tree": launch.tree,
         "stages": stages,

@@ -29,7 +29,7 @@ import urllib.request
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-CODE, RUN, LOG = FOLDER / "code", FOLDER / "run", FOLDER / "job.log"
+CODE, LOG = FOLDER / "code", FOLDER / "job.log"
 CHUNK = 1 << 18  # bytes of the log at a time
 
 
@@ -87,8 +87,8 @@ def do(job):
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # many files are open
     unpack(job["tree"])
-    RUN.mkdir(exist_ok=True)
-    (RUN / "launch.json").write_text(json.dumps(job, indent=1) + "\n")
+    run_folder().mkdir(parents=True, exist_ok=True)
+    (run_folder() / "launch.json").write_text(json.dumps(job, indent=1) + "\n")
     for stage, command in job["stages"]:
         note(stage=stage, since=time.time())
         print(f"--- {stage}", flush=True)
@@ -99,6 +99,11 @@ def do(job):
             print(f"--- {stage} ended with status {code}", flush=True)
             return code
     return 0
+
+
+def run_folder():
+    """Where the trainer writes; `--run-dir` says the same."""
+    return FOLDER / "runs" / read("job.json")["run"]
 
 
 def unpack(tree):
@@ -183,7 +188,7 @@ def stop():
 def pack():
     """run.tar.gz: what the run wrote, without checkpoints and tokens."""
     with tarfile.open(FOLDER / "run.tar.gz.part", "w:gz") as archive:
-        for path in sorted(RUN.iterdir() if RUN.exists() else []):
+        for path in sorted(run_folder().iterdir()):
             if path.name not in ("checkpoints", "data"):
                 archive.add(path, path.name)
     os.replace(FOLDER / "run.tar.gz.part", FOLDER / "run.tar.gz")
@@ -202,8 +207,8 @@ def locked():
 def step():
     """The step of the run's newest checkpoint, if it says so."""
     try:
-        return json.loads((RUN / "saved.json").read_text()).get("step")
-    except (OSError, ValueError):
+        return json.loads((run_folder() / "saved.json").read_text()).get("step")
+    except (OSError, ValueError, KeyError):
         return None
 
 

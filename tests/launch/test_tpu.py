@@ -307,6 +307,49 @@ def test_a_program_that_fails_is_not_tried_again(
     assert len(cloud.vms) == 1 and cloud.nodes() == []
 
 
+@pytest.mark.slow
+def test_a_vm_that_stays_runs_a_config_after_the_other(
+    launcher, checkout, cloud, tmp_path
+):
+    launcher(*vm_only())
+    bucket = ["--bucket", str(tmp_path / "bucket")]
+    config = checkout / "configs/small.py"
+    (checkout / "configs/other.py").write_text(config.read_text())
+    for path, name in (
+        (config, "small"),
+        (config.with_name("other.py"), "small-other"),
+    ):
+        shown = launcher("run", "small", str(path), *bucket, "--", *TINY)
+        assert "small: done" in shown and "exists: VM small" in shown
+        assert (launcher.folder / "runs" / name / "model.safetensors").exists()
+        assert steps(tmp_path / "bucket", name)[-1] == 24
+    assert len(cloud.vms) == 1
+    assert "there is no such file" in launcher("run", "small", "no.py", status=2)
+    launcher("down", "small")
+
+
+@pytest.mark.slow
+def test_checkpoints_that_are_on_the_vm_alone_are_not_deleted(
+    launcher, checkout, cloud, tmp_path
+):
+    arguments = train(checkout, tmp_path)
+    at = arguments.index("--bucket")
+    del arguments[at : at + 2]
+    process = launcher.start(*arguments, "--", *TINY, "--steps", "5000")
+    run = "lm_scale/small/runs/small"
+    wait_for(lambda: cloud.vms)
+    wait_for((cloud.home("small") / run / "checkpoints/12/manifest.json").exists)
+    wait_for(lambda: launcher.state("small")["step"] > 0)
+    status = cloud.home("small") / "lm_scale/small/status.json"
+    os.kill(json.loads(status.read_text())["pid"], signal.SIGKILL)
+    shown, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, shown
+    assert "stays: without --bucket it has the only checkpoints" in shown
+    assert cloud.state("small") == "READY"
+    shown = launcher("down", "small")
+    assert cloud.nodes() == []
+
+
 # --- What Google answers --------------------------------------------------------------
 
 
