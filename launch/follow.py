@@ -55,7 +55,8 @@ def follow(cloud: Cloud, launch: Launch, record: Record, say: Say) -> Outcome:
             if found[0].get("stage") != stage:
                 stage = found[0].get("stage")
                 launch.phase = str(stage)
-            launch.step = max(launch.step, found[0].get("step") or -1)
+            if (step := found[0].get("step") or -1) > launch.step:
+                launch.step, launch.tried = step, 0  # as good as a first attempt
             record.save(launch)
             since_failure += any(failed(one) for one in found.values())
             ended = all(not one["alive"] for one in found.values())
@@ -74,7 +75,9 @@ def judge(found: dict[int, dict[str, Any]]) -> Outcome:
     bad = [one for one in found.values() if failed(one)]
     if not bad:
         return Outcome("done")
-    first = min(bad, key=lambda one: one.get("ended", float("inf")))
+    # One that vanished is the cause of what the others say, never its consequence.
+    killed = [one for one in bad if one.get("status") is None]
+    first = killed[0] if killed else min(bad, key=lambda one: one["ended"])
     worker, stage, status = first["worker"], first.get("stage"), first.get("status")
     where = f"worker {worker}, stage {stage}"
     if status is None:

@@ -5,9 +5,12 @@ gcloud ends with status 1 for nearly everything: what went wrong is told by the 
 words that the service answers with.
 """
 
+import contextlib
 import json
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,9 +20,13 @@ from typing import Any
 
 from launch.slices import Slice
 
-LABEL = "lm-scale-run"  # of all that a launch makes; its value is the run's name
+LABEL = "lm-scale-run"  # of all that a launch makes; its value is the launch's name
+OWNER = "lm-scale-owner"  # of two launches of one name, which of them
 # In the order in which they are looked for: pattern, kind, what to do.
 ERRORS = (
+    (r'"code": (10|13|14)\b|[Ii]nternal error|Max retries|TransportError|SSLError|'
+     r"RemoteDisconnected|gcloud crashed|[Nn]ame resolution", "unavailable",
+     "the service or the network is in trouble: wait"),
     (r"active account|auth login|[Rr]eauthentication|invalid_grant|UNAUTHENTICATED",
      "login", "log in: gcloud auth login"),
     (r'"code": 8\b|no more capacity|[Ss]tockout|STOCKOUT|ZONE_RESOURCE_POOL',
@@ -97,18 +104,20 @@ class Cloud:
     def create(
         self, name: str, made: Slice, *, labels: dict[str, str], spot: bool,
         queued: bool, options: Sequence[str] = (), runtime: str | None = None,
-        wait: float,
+        startup: Path, wait: float,
     ) -> None:  # fmt: skip
         """Makes a TPU VM, or a queued request for one, which may take `wait` seconds.
 
         Returns when the VM is there, or the request is taken. options: further flags
-        of gcloud's command. runtime: another image than the generation's own.
+        of gcloud's command. runtime: another image than the generation's own. startup:
+        a script that each VM runs when it boots.
         """
         common = [
             f"--accelerator-type={made.name}",
             "--labels=" + ",".join(f"{k}={v}" for k, v in sorted(labels.items())),
             # With it the VM may delete itself, and reach the bucket, by its account.
             "--scopes=https://www.googleapis.com/auth/cloud-platform",
+            f"--metadata-from-file=startup-script={startup}",
             *(["--spot"] if spot else []),
             *options,
         ]
@@ -153,12 +162,13 @@ class Cloud:
 
         A queued resource that has no VM yet is cancelled so.
         """
-        what, force = ("queued-resources", ["--force"]) if queued else ("tpu-vm", [])
-        try:
-            self._run(what, "delete", name, "--quiet", *force, seconds=900)
-        except CloudError as error:
-            if error.kind != "missing":
-                raise
+        kinds = [("tpu-vm", ()), ("queued-resources", ("--force",))]
+        for what, force in reversed(kinds) if queued else kinds[:1]:
+            try:
+                self._run(what, "delete", name, "--quiet", *force, seconds=900)
+            except CloudError as error:
+                if error.kind != "missing":
+                    raise
 
     # --- Workers ----------------------------------------------------------------------
 
@@ -246,14 +256,20 @@ def call(argv: Sequence[str], seconds: float) -> Done:
     try:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        process.kill()
+        kill(process)
         out, err = process.communicate()
         return Done(None, out, f"{err}\ntimed out after {seconds:.0f} s")
     except BaseException:
-        process.kill()
+        kill(process)
         process.wait()
         raise
     return Done(process.returncode, out, err)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """With its children, such as ssh, which hold its output open."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def run_of(

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import re
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,12 +44,15 @@ class Launch:
     poll: float = 15.0  # s between two looks
     commit: str = ""
     tree: str = ""  # of the code that was sent
+    owner: str = field(default_factory=lambda: secrets.token_hex(4))
     began: float = field(default_factory=time.time)
     job: int = 0  # number of the attempt that was started last
     tried: int = 0  # attempts since the run last got further
     step: int = -1  # of the newest checkpoint that was heard of
     log_read: int = 0  # bytes of worker 0's log, of this job
-    phase: str = "new"  # for people
+    rearm: bool = False  # the VM's timer is another since the job was started
+    phase: str = "new"
+    ending: int | None = None  # the status that it is about to end with
     status: int | None = None  # of the run; None: it has not ended
 
     @property
@@ -80,6 +84,11 @@ class Record:
     @property
     def code(self) -> Path:
         return self.folder / "code.tar.gz"
+
+    @property
+    def down(self) -> Path:
+        """There, if `down` has ended the launch, for a launcher that is at work."""
+        return self.folder / "down"
 
     def exists(self) -> bool:
         return (self.folder / "state.json").exists()

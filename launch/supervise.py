@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attempt after attempt: a VM, a job on it, what its end means, and what then."""
 
+import contextlib
 import signal
 import tarfile
 import tempfile
@@ -8,15 +9,24 @@ import time
 from pathlib import Path
 
 from launch.errors import Refused
-from launch.exists import PROG, remains, remains_if_possible
+from launch.exists import PROG, remains_if_possible
 from launch.follow import Outcome, follow, read_log
 from launch.gcloud import PASSING, Cloud, CloudError
 from launch.record import Launch, Record
-from launch.vm import COMING, NoVM, Unreachable, bring_up, start_job, state_of
+from launch.vm import (
+    COMING,
+    NoVM,
+    Unreachable,
+    bring_up,
+    check_ours,
+    start_job,
+    state_of,
+)
 
 
 def say(text: str) -> None:
-    print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
 
 
 def again(launch: Launch) -> None:
@@ -26,45 +36,52 @@ def again(launch: Launch) -> None:
 
 def supervise(cloud: Cloud, launch: Launch, record: Record) -> int:
     """Attempt after attempt, until the run is done or must not go on."""
-    while True:
-        try:
-            if time.time() > launch.deadline - launch.saving:
-                say(f"--max-hours {launch.max_hours:g} are over")
-                return end(cloud, launch, record, 75)
-            outcome = attempt(cloud, launch, record)
-        except KeyboardInterrupt:
-            return leave(cloud, launch, record)
-        except (CloudError, Refused):
-            launch.phase = "failed"
-            remains_if_possible(cloud)
-            record.save(launch)
-            raise
-        if outcome.kind == "done":
-            say(f"{launch.name}: done")
-            bring_results(cloud, launch)
-            return end(cloud, launch, record, 0)
-        say(f"{launch.name}: {outcome.said}")
-        if outcome.kind == "failed" or (outcome.kind == "broken" and outcome.worker):
-            tail = read_log(cloud, launch, -6000, outcome.worker)
-            print(f"--- the end of worker {outcome.worker}'s log:\n"
-                  f"{tail.decode(errors='replace')}", flush=True)  # fmt: skip
-        if outcome.kind == "failed":
-            return end(cloud, launch, record, outcome.status)
-        if outcome.kind == "broken" and has_only_copy(launch):
-            return end(cloud, launch, record, 1)
-        if launch.tried >= launch.attempts:
-            say(f"{launch.tried} attempts have brought the run no further: giving up")
-            return end(cloud, launch, record, 1)
-        try:
-            recover(cloud, launch, record, outcome)
-        except KeyboardInterrupt:
-            return leave(cloud, launch, record)
+    try:
+        status = launch.ending
+        while status is None:
+            status = next_step(cloud, launch, record)
+        return end(cloud, launch, record, status)
+    except KeyboardInterrupt:
+        return leave(cloud, launch, record)
+    except (CloudError, Refused):
+        record.save(launch)
+        remains_if_possible(cloud)
+        raise
+
+
+def next_step(cloud: Cloud, launch: Launch, record: Record) -> int | None:
+    """An attempt and what follows from it: the status to end with; None: go on."""
+    if record.down.exists():
+        say(f"{launch.name} was taken down")
+        launch.keep = False
+        return 75
+    if time.time() > launch.deadline - launch.saving:
+        say(f"--max-hours {launch.max_hours:g} are over")
+        return 75
+    outcome = attempt(cloud, launch, record)
+    if outcome.kind == "done":
+        say(f"{launch.name}: done")
+        bring_results(cloud, launch)
+        return 0
+    say(f"{launch.name}: {outcome.said}")
+    if outcome.kind == "failed" or (outcome.kind == "broken" and outcome.worker):
+        tail = read_log(cloud, launch, -6000, outcome.worker)
+        print(f"--- the end of worker {outcome.worker}'s log:\n"
+              f"{tail.decode(errors='replace')}", flush=True)  # fmt: skip
+    if outcome.kind == "failed":
+        return outcome.status
+    if outcome.kind in ("broken", "gone") and has_only_copy(launch):
+        return 1
+    if launch.tried >= launch.attempts:
+        say(f"{launch.tried} attempts have brought the run no further: giving up")
+        return 1
+    recover(cloud, launch, record, outcome)
+    return None
 
 
 def attempt(cloud: Cloud, launch: Launch, record: Record) -> Outcome:
     """One VM, one job on it, to its end."""
     launch.tried += 1
-    before = launch.step
     launch.phase = "getting a VM"
     record.save(launch)
     try:
@@ -77,12 +94,9 @@ def attempt(cloud: Cloud, launch: Launch, record: Record) -> Outcome:
     record.save(launch)
     try:
         start_job(cloud, launch, record)
-        outcome = follow(cloud, launch, record, say)
+        return follow(cloud, launch, record, say)
     except Unreachable as error:
         return Outcome("broken", 1, str(error))
-    if launch.step > before:
-        launch.tried = 0  # the run got further: as good as the first
-    return outcome
 
 
 def recover(cloud: Cloud, launch: Launch, record: Record, outcome: Outcome) -> None:
@@ -131,22 +145,35 @@ def bring_results(cloud: Cloud, launch: Launch) -> None:
 
 
 def end(cloud: Cloud, launch: Launch, record: Record, status: int) -> int:
-    """The launch is over: the VM goes, unless it is to be kept."""
-    launch.status, launch.phase = status, "done" if status == 0 else "ended"
+    """The launch is over: the VM goes, unless it is to be kept.
+
+    Noted as over when that is done: `resume` goes on here.
+    """
+    launch.ending, launch.phase = status, "deleting"
     record.save(launch)
     unused = launch.config is None and status != 0  # one that `up` could not set up
-    if has_only_copy(launch) and status != 0:
+    if status != 0 and has_only_copy(launch) and not record.down.exists():
         say(f"{launch.name} stays: without --bucket it has the only checkpoints")
     elif not launch.keep or unused:
         say(f"deleting {launch.name}")
-        try:
-            cloud.delete(launch.name, queued=launch.queued)
-        except CloudError as error:
-            say(f"{error}\nIt is there still: {PROG} down {launch.name}")
-            remains_if_possible(cloud)
-            return status or 1
+        delete(cloud, launch)
+    launch.status, launch.ending = status, None
+    launch.phase = "done" if status == 0 else "ended"
+    record.save(launch)
     remains_if_possible(cloud)
     return status
+
+
+def delete(cloud: Cloud, launch: Launch) -> None:
+    """Deletes the VM, though the service may be in trouble for a while."""
+    for left in (3, 2, 1, 0):
+        try:
+            return cloud.delete(launch.name, queued=launch.queued)
+        except CloudError as error:
+            if error.kind not in PASSING or not left:
+                raise
+            say(error.said)
+            time.sleep(min(4 * launch.poll, 60.0))
 
 
 def has_only_copy(launch: Launch) -> bool:
@@ -155,26 +182,35 @@ def has_only_copy(launch: Launch) -> bool:
 
 
 def leave(cloud: Cloud, launch: Launch, record: Record) -> int:
-    """Ctrl-C: what waits for a VM is cancelled; training on one goes on."""
+    """Ctrl-C: what waits for a VM is cancelled; what is on one goes on."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends at once
-    print()
-    if launch.phase in ("getting a VM", "waiting to try again"):
-        say("interrupted: what was asked for is cancelled")
-        cloud.delete(launch.name, queued=launch.queued)
-        launch.status = 75
-    else:
+    for received in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(received, signal.SIG_IGN)
+    record.save(launch)
+    queued = cloud.queued(launch.name) if launch.queued else None
+    node = cloud.node(launch.name)
+    for found in (queued, node):
+        check_ours(found, launch, queued)
+    if launch.phase == "deleting":
+        say(f"interrupted: {PROG} resume {launch.name} goes on deleting it")
+    elif state_of(node) == "READY":
         say(
             f"interrupted: {launch.name} goes on without this program. Follow it: "
             f"{PROG} resume {launch.name}; end it: {PROG} down {launch.name}"
         )
-    record.save(launch)
-    remains(cloud)
+    else:
+        say("interrupted: what was asked for is cancelled")
+        delete(cloud, launch)
+        launch.status = 75
+        record.save(launch)
+    remains_if_possible(cloud)
     return 75
 
 
 def close(name: str) -> None:
-    """Its VM is deleted: a launch that had not ended has."""
+    """`down` deletes its VM: a launch that had not ended has, one at work is to end."""
     record = Record(name)
     if record.exists() and (launch := record.load()).status is None:
-        launch.status, launch.phase = 75, "taken down"
+        record.down.touch()
+        launch.status, launch.ending, launch.phase = 75, None, "taken down"
         record.save(launch)

@@ -44,7 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     split = argv.index("--") if "--" in argv else len(argv)
     options, rest = parse(argv[:split]), argv[split + 1 :]
     for received in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(received, interrupt)
+        if signal.getsignal(received) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(received, interrupt)
     try:
         return options.verb(options, rest)
     except Refused as error:
@@ -89,9 +90,22 @@ def begin(options: argparse.Namespace, launch: Launch) -> int:
         )
     if options.dry_run:
         return rehearse(launch)
+    if record.exists():
+        check_moved(record.load(), launch)
+        launch.owner = record.load().owner
     with record.locked():
         prepare(launch, record)
         return supervise(cloud_of(launch), launch, record)
+
+
+def check_moved(known: Launch, launch: Launch) -> None:
+    """Refused if the name has a VM elsewhere, which would be lost sight of."""
+    elsewhere = cloud_of(known)
+    if elsewhere != cloud_of(launch) and elsewhere.node(known.name) is not None:
+        raise Refused(
+            f"{known.name!r} still has a VM in {known.zone}: `{PROG} down "
+            f"{known.name}`, or choose another --name."
+        )
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> int:
@@ -106,6 +120,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     launch.config = source.inside(options.config)
     launch.arguments = fields(options.config, rest)
     launch.bucket = check_bucket(options.bucket) or launch.bucket
+    check_needs_bucket(launch)
     if options.dry_run:
         return rehearse(launch)
     with record.locked():
@@ -130,8 +145,9 @@ def resume(options: argparse.Namespace, rest: list[str]) -> int:
         if launch.status is not None:  # it had ended: another attempt
             launch.status, launch.tried = None, 0
             again(launch)
+        record.down.unlink(missing_ok=True)
         if options.max_hours is not None:
-            launch.max_hours = options.max_hours
+            launch.max_hours, launch.rearm = options.max_hours, True
         return supervise(cloud_of(launch), launch, record)
 
 
@@ -199,21 +215,30 @@ def down(options: argparse.Namespace, rest: list[str]) -> int:
         check_name(options.name)
     failed = False
     for cloud in clouds(options):
-        found = [] if cloud.dry_run else cloud.all()
-        queues = [one for kind, one in found if kind == "queue"]
-        for name in sorted({str(run_of(one, queues)) for _, one in found}):
-            if options.name in (None, name):
-                kinds = {kind for kind, one in found if run_of(one, queues) == name}
-                say(f"deleting {name} ({' and '.join(sorted(kinds))}) in {cloud.zone}")
-                cloud.delete(name, queued="queue" in kinds)
-                close(name)
-        if cloud.dry_run:
-            cloud.delete(options.name or "NAME", queued=False)
-        left = remains(cloud)
-        failed |= any(options.name in (None, name) for name in left)
-    if options.name is not None and not options.dry_run:
-        close(options.name)
+        try:
+            failed |= take_down(cloud, options.name)
+        except CloudError as error:  # the others are to go all the same
+            print(f"{PROG}: {error}", file=sys.stderr)
+            failed = True
     return 1 if failed else 0
+
+
+def take_down(cloud: Cloud, name: str | None) -> bool:
+    """Deletes what launches have made in a zone, one or all; if something is left."""
+    if cloud.dry_run:
+        cloud.delete(name or "NAME", queued=True)
+        return False
+    found = cloud.all()
+    queues = [one for kind, one in found if kind == "queue"]
+    for run in sorted({str(run_of(one, queues)) for _, one in found}):
+        if name in (None, run):
+            kinds = {kind for kind, one in found if run_of(one, queues) == run}
+            say(f"deleting {run} ({' and '.join(sorted(kinds))}) in {cloud.zone}")
+            close(run)
+            cloud.delete(run, queued="queue" in kinds)
+    if name is not None:
+        close(name)
+    return any(name in (None, run) for run in remains(cloud))
 
 
 def list_all(options: argparse.Namespace, rest: list[str]) -> int:
@@ -242,12 +267,7 @@ def new_launch(
         if value is not None and not value > 0:
             raise Refused(f"--{flag.replace('_', '-')} {value}: expected more than 0.")
     bucket = check_bucket(options.bucket)
-    if options.spot and config is not None and bucket is None:
-        raise Refused(
-            "--spot without --bucket: a spot VM may be gone at any moment, and its "
-            "disk with it. Give --bucket gs://BUCKET/FOLDER for the checkpoints."
-        )
-    return Launch(
+    launch = Launch(
         name=name, slice=made.name, zone=options.zone, project=options.project,
         spot=options.spot, queued=options.queued, runtime=options.runtime,
         options=options.create, bucket=bucket, max_hours=options.max_hours,
@@ -256,6 +276,25 @@ def new_launch(
         config=None if config is None else source.inside(config),
         arguments=fields(config, rest),
     )  # fmt: skip
+    check_needs_bucket(launch)
+    return launch
+
+
+def check_needs_bucket(launch: Launch) -> None:
+    """Refused if the run's checkpoints would be where they cannot stay."""
+    if launch.config is None or launch.bucket is not None:
+        return
+    if launch.spot:
+        raise Refused(
+            "--spot without --bucket: a spot VM may be gone at any moment, and its "
+            "disk with it. Give --bucket gs://BUCKET/FOLDER for the checkpoints."
+        )
+    if launch.made().hosts > 1:
+        raise Refused(
+            f"{launch.slice} without --bucket: its {launch.made().hosts} VMs share no "
+            f"folder. Give --bucket gs://BUCKET/FOLDER for the checkpoints."
+        )
+    say(f"without --bucket the checkpoints go with the VM, in {launch.max_hours:g} h")
 
 
 def check_bucket(bucket: str | None) -> str | None:
@@ -309,9 +348,13 @@ def prepare(launch: Launch, record: Record) -> None:
     sent = source.snapshot(config)
     launch.commit, launch.tree = sent.commit, sent.tree
     again(launch)
-    record.save(launch)
-    source.pack(sent, record.code)
+    record.folder.mkdir(parents=True, exist_ok=True)
+    record.down.unlink(missing_ok=True)
+    part = record.folder / "part.tar.gz"
+    source.pack(sent, part)
+    os.replace(part, record.code)
     (record.folder / "changes.diff").write_text(sent.diff)
+    record.save(launch)  # last: what it names is there
     changed = f" and changes ({len(sent.diff.splitlines())} lines)" if sent.diff else ""
     say(f"sending commit {sent.commit[:12]}{changed}; kept in {record.folder}")
     if sent.left:

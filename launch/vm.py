@@ -4,6 +4,7 @@
 import io
 import json
 import os
+import shlex
 import tarfile
 import tempfile
 import time
@@ -12,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from launch.errors import Refused
-from launch.gcloud import LABEL, Cloud, run_of
+from launch.gcloud import LABEL, OWNER, Cloud, labels_of, run_of
 from launch.record import Launch, Record
 
 WORKER = Path(__file__).with_name("worker.py")
+DEADLINE = Path(__file__).with_name("deadline.sh")
 SECRETS = ("WANDB_API_KEY", "HF_TOKEN")
 COMING = ("CREATING", "STARTING", "RESTARTING", "REIMAGING", "REPAIRING")
 QUEUING = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE")
@@ -48,14 +50,44 @@ def bring_up(cloud: Cloud, launch: Launch, say: Say) -> None:
         node = queued = None
     if node is None and queued is None:
         say(f"creating {launch.name}: {describe(launch)}")
-        labels = {LABEL: launch.name, "lm-scale-expires": str(launch.deadline)}
-        cloud.create(
-            launch.name, launch.made(), labels=labels, spot=launch.spot,
-            queued=launch.queued, options=launch.options, runtime=launch.runtime,
-            wait=launch.wait_hours * 3600,
-        )  # fmt: skip
+        launch.log_read = 0
+        labels = {LABEL: launch.name, OWNER: launch.owner,
+                  "lm-scale-expires": str(launch.deadline)}  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:
+            startup = Path(folder) / "startup.sh"
+            startup.write_text(startup_script(launch))
+            cloud.create(
+                launch.name, launch.made(), labels=labels, spot=launch.spot,
+                queued=launch.queued, options=launch.options, runtime=launch.runtime,
+                startup=startup, wait=launch.wait_hours * 3600,
+            )  # fmt: skip
     if not cloud.dry_run:
         wait(cloud, launch, say)
+
+
+def startup_script(launch: Launch) -> str:
+    """Sets the VM's timer when it boots, though there may be no launcher any more.
+
+    The job's first stage sets it again; on a later boot it is not set back.
+    """
+    begin = (
+        "export HOME=${HOME:-/root}\n"
+        "if [ $# = 0 ]; then\n"  # else it is the copy that watches over the time
+        "  [ ! -e /etc/systemd/system/lm-scale-deadline.service ] || exit 0\n"
+        f"  set -- {shlex.join(timer(launch)[2:])}\n"
+        "fi\n"
+    )
+    first, _, rest = DEADLINE.read_text().partition("\n")
+    return f"{first}\n{begin}{rest}"
+
+
+def timer(launch: Launch) -> list[str]:
+    """The command that sets the VM's timer, in the code's folder."""
+    return ["bash", "launch/deadline.sh", "set", str(launch.deadline),
+            "--name", launch.name, "--zone", launch.zone,
+            *(["--project", launch.project] if launch.project else []),
+            *(["--queued"] if launch.queued else []),
+            "--save-seconds", str(int(0.8 * launch.saving))]  # fmt: skip
 
 
 def wait(cloud: Cloud, launch: Launch, say: Say) -> None:
@@ -92,6 +124,11 @@ def check_ours(
         raise Refused(
             f"{launch.name} in {launch.zone} exists and no launch of ours has made it. "
             f"Choose another --name."
+        )
+    if labels_of(found).get(OWNER, launch.owner) != launch.owner:
+        raise Refused(
+            f"{launch.name} in {launch.zone} is of a launch from elsewhere. Choose "
+            f"another --name."
         )
     made = node.get("acceleratorType", launch.made().name)
     if made != launch.made().name:
@@ -141,6 +178,10 @@ def start_job(cloud: Cloud, launch: Launch, record: Record) -> None:
         f"{folder} && rm -f {remote}; fi && python3 {folder}/worker.py start"
     )
     done = cloud.ssh(launch.name, command, seconds=300)
+    if done.status == 0 and launch.rearm:
+        command = f"python3 {folder}/worker.py deadline"
+        done = cloud.ssh(launch.name, command, seconds=300)
+        launch.rearm = done.status != 0
     if done.status != 0:
         said = (done.out + done.err).strip()[-2000:]
         raise Unreachable(f"starting the job failed:\n{said}")
@@ -173,12 +214,7 @@ def job_of(launch: Launch) -> dict[str, Any]:
     made = launch.made()
     lm_scale = ["{LM_SCALE_PYTHON}", "-m", "lm_scale"]
     stages: list[tuple[str, list[str]]] = [
-        ("deadline", ["bash", "launch/deadline.sh", "set", str(launch.deadline),
-                      "--name", launch.name, "--zone", launch.zone,
-                      "--project", launch.project or "",
-                      *(["--queued"] if launch.queued else []),
-                      "--pid-file", "{FOLDER}/pid",
-                      "--save-seconds", str(int(0.8 * launch.saving))]),
+        ("deadline", [*timer(launch), "--pid-file", "{FOLDER}/pid"]),
         ("setup", ["bash", "launch/setup_host.sh", "tpu", "gcs"]),
         ("health", ["{LM_SCALE_PYTHON}", "launch/health.py",
                     "--expect-devices", str(made.devices_per_host),
@@ -196,6 +232,8 @@ def job_of(launch: Launch) -> dict[str, Any]:
                 ("prepare", ["env", "JAX_PLATFORMS=cpu", *lm_scale, "prepare",
                              launch.config, *flags, *alone])
             )  # fmt: skip
+            # One may take longer over it than another.
+            flags = [*flags, "--start_timeout=7200"]
         stages.append(("train", [*lm_scale, "train", launch.config, *flags]))
     return {
         "id": f"{int(launch.began)}-{launch.job}",
