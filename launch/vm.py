@@ -53,14 +53,14 @@ def bring_up(cloud: Cloud, launch: Launch, say: Say) -> None:
         launch.log_read = 0
         labels = {LABEL: launch.name, OWNER: launch.owner,
                   "lm-scale-expires": str(launch.deadline)}  # fmt: skip
-        with tempfile.TemporaryDirectory() as folder:
-            startup = Path(folder) / "startup.sh"
+        startup = Record(launch.name).folder / "startup.sh"
+        if not cloud.dry_run:
             startup.write_text(startup_script(launch))
-            cloud.create(
-                launch.name, launch.made(), labels=labels, spot=launch.spot,
-                queued=launch.queued, options=launch.options, runtime=launch.runtime,
-                startup=startup, wait=launch.wait_hours * 3600,
-            )  # fmt: skip
+        cloud.create(
+            launch.name, launch.made(), labels=labels, spot=launch.spot,
+            queued=launch.queued, options=launch.options, runtime=launch.runtime,
+            startup=startup, wait=launch.wait_hours * 3600,
+        )  # fmt: skip
     if not cloud.dry_run:
         wait(cloud, launch, say)
 

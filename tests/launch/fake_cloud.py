@@ -715,9 +715,11 @@ class FakeCloud:
         script = self._nodes[vm.zone, vm.name].get("metadata", {}).get("startup-script")
         if script:
             for i in range(len(vm.addresses)):
+                file = vm.folder / f"startup-{i}.sh"  # as the guest agent does it
+                write_program(file, script)
                 with open(vm.folder / f"startup-{i}.log", "wb") as log:
                     subprocess.Popen(
-                        ["bash", "-c", script], cwd=vm.home(i), env=self._vm_env(vm, i),
+                        [file], cwd=vm.home(i), env=self._vm_env(vm, i),
                         start_new_session=True, stdin=subprocess.DEVNULL,
                         stdout=log, stderr=log,
                     )  # fmt: skip

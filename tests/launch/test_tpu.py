@@ -350,6 +350,43 @@ def test_checkpoints_that_are_on_the_vm_alone_are_not_deleted(
     assert cloud.nodes() == []
 
 
+@pytest.mark.slow
+def test_nothing_takes_a_vm_that_trains_for_its_own(
+    launcher, checkout, cloud, tmp_path
+):
+    process = launcher.start(*train(checkout, tmp_path), "--", *TINY, "--steps", "9999")
+    wait_for(lambda: steps(tmp_path / "bucket"))
+    os.kill(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+
+    # Ctrl-C before `resume` has looked at what there is.
+    process = launcher.start("resume", "small")
+    wait_for(lambda: launcher.state("small")["phase"] == "getting a VM")
+    os.kill(process.pid, signal.SIGINT)
+    shown, _ = process.communicate(timeout=60)
+    assert "small goes on without this program" in shown
+    assert cloud.state("small") == "READY" and cloud.processes("small")
+
+    # Somebody else, in the same project, with the same name.
+    other = {"LM_SCALE_LAUNCHES": str(tmp_path / "another home")}
+    shown = launcher(*train(checkout, tmp_path), "--", *TINY, status=2, **other)
+    assert "is of a launch from elsewhere" in shown
+    assert cloud.state("small") == "READY" and cloud.processes("small")
+
+    # Another limit: the timer on the VM is set anew, the job is not started again.
+    settings = cloud.home("small") / ".lm_scale/deadline/settings"
+    before = settings.read_text()
+    process = launcher.start("resume", "small", "--max-hours", "30")
+    wait_for(lambda: settings.read_text() != before)
+    wait_for(lambda: launcher.state("small")["phase"] == "train")
+
+    # `down` while a launcher is at work, which does not make the VM again.
+    launcher("down", "--all")
+    shown, _ = process.communicate(timeout=120)
+    assert process.returncode == 75 and "was taken down" in shown, shown
+    assert cloud.nodes() == [] and len(cloud.posts("/nodes$")) == 1
+
+
 # --- What Google answers --------------------------------------------------------------
 
 
@@ -555,6 +592,7 @@ def test_every_command_passes_the_real_parser(cloud, tmp_path):
     ]  # fmt: skip
     record = tmp_path / "records/small"
     record.mkdir(parents=True)
+    (record / "startup.sh").write_text("")  # which a dry run only names
     state = {"name": "small", "slice": "v3-8", "zone": "us-central1-a"}
     (record / "state.json").write_text(json.dumps(state))
     every += [
