@@ -503,7 +503,11 @@ def test_a_job_that_waits_is_told_of_and_ended(on_cluster, folder, capsys):
     assert slurm.main(["status", "x"]) == 0
     assert capsys.readouterr().out.startswith(f"{number}  x  PENDING  0:00 of ")
     command = [sys.executable, str(SLURM), "logs", "x", "-f"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as following:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True,
+        # A shell's background job, which the tests may be in, ignores Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as following:  # fmt: skip
         assert following.stderr is not None
         assert "PENDING" in following.stderr.readline()
         following.send_signal(signal.SIGINT)

@@ -92,6 +92,8 @@ class Launcher:
         return subprocess.Popen(
             [sys.executable, str(self.checkout / "launch/tpu.py"), *arguments],
             cwd=self.folder, text=True, start_new_session=True,
+            # A shell's background job, which the tests may be in, ignores Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env={**self.cloud.env(), "LM_SCALE_LAUNCHES": str(self.records),
                  "PYTHONUNBUFFERED": "1", **CANARY, **env},
