@@ -197,18 +197,19 @@ def test_a_run_from_nothing_to_its_results(launcher, checkout, cloud, tmp_path):
 def test_preempted_in_the_midst_it_ends_as_if_it_had_not(
     launcher, checkout, cloud, tmp_path
 ):
-    bucket, longer = tmp_path / "bucket", [*TINY, "--steps", "600", "--keep", "None"]
+    bucket = tmp_path / "bucket"
+    longer = [*TINY, "--steps", "200", "--save-every", "20", "--keep", "None"]
     process = launcher.start(*train(checkout, tmp_path, "--spot"), "--", *longer)
-    wait_for(lambda: len(steps(bucket)) > 3)
+    wait_for(lambda: len(steps(bucket)) > 1)
     cloud.preempt("small")  # SIGKILL, with no word
     shown, _ = process.communicate(timeout=240)
     assert process.returncode == 0, shown
     assert [vm.incarnation for vm in cloud.vms] == [1, 2]
     assert "the VM is PREEMPTED" in shown
     at = int(re.findall(r"Going on from step (\d+)", shown)[0])
-    assert 0 < at < 600
+    assert 0 < at < 200
     alone = undisturbed(checkout, tmp_path / "alone", longer)
-    assert saved(bucket, 600) == saved(alone, 600)
+    assert saved(bucket, 200) == saved(alone, 200)
     assert cloud.nodes() == []
 
 
@@ -224,9 +225,9 @@ def test_two_workers_train_as_one_and_one_that_dies_costs_the_vm(
         "JAX_NUM_CPU_DEVICES": "4",
     }  # fmt: skip
     port = free_port()
-    bucket, longer = tmp_path / "bucket", [*TINY, "--steps", "48", "--keep", "None"]
+    bucket, longer = tmp_path / "bucket", [*TINY, "--keep", "None"]
     process = launcher.start(*train(checkout, tmp_path, slice_="v4-16"), "--", *longer)
-    wait_for(lambda: len(steps(bucket)) > 2)
+    wait_for(lambda: steps(bucket))
     cloud.kill_worker("small", 1)
     port = free_port()
     shown, _ = process.communicate(timeout=300)
@@ -234,7 +235,7 @@ def test_two_workers_train_as_one_and_one_that_dies_costs_the_vm(
     assert "no answer from worker 1 (1 of 3)" in shown
     assert "worker 1 does not answer" in shown
     assert len(cloud.vms) == 2 and cloud.nodes() == []
-    assert steps(bucket)[-1] == 48 and "Going on from step" in shown
+    assert steps(bucket)[-1] == 24 and "Going on from step" in shown
 
 
 def free_port() -> int:
@@ -249,7 +250,7 @@ def test_a_launcher_that_is_killed_is_gone_on_with(
     stage, launcher, checkout, cloud, tmp_path
 ):
     cloud.operation_polls = 3
-    process = launcher.start(*train(checkout, tmp_path), "--", *TINY, "--steps", "300")
+    process = launcher.start(*train(checkout, tmp_path), "--", *TINY)
     state = launcher.records / "small/state.json"
     wait_for(lambda: state.exists() and launcher.state("small")["phase"] == stage)
     if stage == "getting a VM":
@@ -261,7 +262,7 @@ def test_a_launcher_that_is_killed_is_gone_on_with(
     shown = launcher("resume", "small")
     assert "small: done" in shown
     assert len(cloud.posts("/nodes$")) == 1 and cloud.nodes() == []
-    assert steps(tmp_path / "bucket")[-1] == 300
+    assert steps(tmp_path / "bucket")[-1] == 24
     text = (launcher.records / "small/worker-0.log").read_text()
     assert text.count("--- train\n") == 1  # it was started once
 
