@@ -8,9 +8,10 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from launch.command_line import say
 from launch.gcloud import PASSING, Cloud, CloudError
 from launch.record import Launch, Record
-from launch.vm import COMING, Say, state_of
+from launch.vm import COMING, state_of
 
 PROBES = 3  # looks in a row that find no answer, until the VM is taken for dead
 OTHERS = 6  # looks that others have to end, when one has failed
@@ -27,9 +28,9 @@ class Outcome:
     worker: int = 0  # that was the first to fail
 
 
-def follow(cloud: Cloud, launch: Launch, record: Record, say: Say) -> Outcome:
+def follow(cloud: Cloud, launch: Launch, record: Record) -> Outcome:
     """Copies worker 0's log to the terminal and a file, until the job has ended."""
-    silent, since_failure, stage = 0, 0, None
+    silent, since_failure = 0, 0
     while True:
         try:
             state = state_of(cloud.node(launch.name))
@@ -52,9 +53,7 @@ def follow(cloud: Cloud, launch: Launch, record: Record, say: Say) -> Outcome:
         else:
             silent = 0
             copy_log(cloud, launch, record, found[0]["log"])
-            if found[0].get("stage") != stage:
-                stage = found[0].get("stage")
-                launch.phase = str(stage)
+            launch.phase = str(found[0].get("stage"))
             if (step := found[0].get("step") or -1) > launch.step:
                 launch.step, launch.tried = step, 0  # as good as a first attempt
             record.save(launch)

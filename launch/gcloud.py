@@ -44,7 +44,7 @@ ERRORS = (
     (r"RESOURCE_EXHAUSTED|\b429\b|[Rr]ate ?[Ll]imit", "busy",
      "too many requests: wait"),
     (r"UNAVAILABLE|ABORTED|\b50[0234]\b|INTERNAL|ConnectionError|Connection refused|"
-     r"Max retries|timed out|DEADLINE_EXCEEDED", "unavailable",
+     r"timed out|DEADLINE_EXCEEDED", "unavailable",
      "the service or the network is in trouble: wait"),
     (r"INVALID_ARGUMENT|FAILED_PRECONDITION|Failed to find attribute|unrecognized|"
      r"valid project|Invalid", "invalid", "change it"),

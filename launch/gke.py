@@ -17,7 +17,6 @@ Needs kubectl with a cluster that has JobSet, and for `build` docker and git.
 import argparse
 import base64
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -28,12 +27,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch import gke_nodes, jobset  # noqa: E402
-from launch.errors import Refused  # noqa: E402
+from launch.command_line import KEYS, cut, keys, parser_of  # noqa: E402
+from launch.errors import Failed, Refused  # noqa: E402
 from launch.gke_nodes import Hardware  # noqa: E402
 from launch.image import EXTRAS, build  # noqa: E402
 from launch.jobset import MANAGED, Work  # noqa: E402
 from launch.kubectl import (  # noqa: E402
-    Failed,
     existing,
     find,
     get,
@@ -48,7 +47,6 @@ from launch.kubectl import (  # noqa: E402
 from launch.source import inside  # noqa: E402
 from launch.yaml_text import to_yaml  # noqa: E402
 
-SECRETS = ("WANDB_API_KEY", "HF_TOKEN")
 FOLDERS = ("run-dir", "checkpoint-dir")  # what --bucket and --name say
 OWNER = ",".join(f"{key}={value}" for key, value in MANAGED.items())
 LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"  # what Kubernetes takes for a name
@@ -66,12 +64,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    own, _, overrides = cut(argv)
-    about, _, details = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="launch/gke.py", description=about, epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    own, overrides = cut(argv)
+    parser = parser_of("launch/gke.py", __doc__)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     cluster = argparse.ArgumentParser(add_help=False)
     cluster.add_argument("--namespace", help="of Kubernetes (kubectl's own)")
@@ -94,8 +88,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     image.add_argument("--image", required=True, help="repository, or image with a tag")
     image.add_argument("--device", choices=EXTRAS, default="tpu", help="(tpu)")
     image.add_argument("--config", help="a config file that git does not know yet")
-    keys = verb("secret", secret, f"keep {', '.join(SECRETS)}", cluster, dry)
-    keys.add_argument("name")
+    verb("secret", secret, f"keep {', '.join(KEYS)}", cluster, dry).add_argument("name")
     verb("list", list_, "what was launched here and not deleted", cluster)
     verb("status", status, "of a run and its pods", cluster).add_argument("name")
     log = verb("logs", logs, "of one process", cluster)
@@ -110,12 +103,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if overrides and "config" not in options:
         parser.error(f"unexpected arguments after --: {shlex.join(overrides)}")
     return options
-
-
-def cut(argv: list[str]) -> tuple[list[str], str, list[str]]:
-    """Our own arguments, and what follows `--`."""
-    at = argv.index("--") if "--" in argv else len(argv)
-    return argv[:at], "--", argv[at + 1 :]
 
 
 def work_options() -> argparse.ArgumentParser:
@@ -260,9 +247,8 @@ def check(options: argparse.Namespace) -> None:
 
 def check_no_secret(text: str) -> None:
     """Refused if a key is in what is sent: others could read it there."""
-    for name in SECRETS:
-        value = os.environ.get(name)
-        if value and len(value) > 7 and value in text:
+    for name, value in keys().items():
+        if len(value) > 7 and value in text:
             raise Refused(
                 f"the value of {name} is in the arguments. Leave it out: "
                 f"`launch/gke.py secret NAME` keeps it, --secret NAME hands it over."
@@ -274,11 +260,11 @@ def check_no_secret(text: str) -> None:
 
 def secret(options: argparse.Namespace) -> None:
     """Makes a Secret of the environment's keys, which pass through a pipe only."""
-    found = {name: os.environ[name] for name in SECRETS if os.environ.get(name)}
+    found = keys()
     if not re.fullmatch(LABEL, options.name):
         raise Refused(f"secret {options.name!r}: this is no name in Kubernetes.")
     if not found:
-        raise Refused(f"neither of {', '.join(SECRETS)} is set in the environment.")
+        raise Refused(f"neither of {', '.join(KEYS)} is set in the environment.")
     document = {
         "apiVersion": "v1",
         "kind": "Secret",

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from launch.command_line import parser_of  # noqa: E402
 from launch.slices import GENERATIONS, Generation  # noqa: E402
 
 DEV, PROC, PCI = Path("/dev"), Path("/proc"), Path("/sys/bus/pci/devices")
@@ -72,11 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    about, _, details = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="launch/health.py", description=about, epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = parser_of("launch/health.py", __doc__)
     add = parser.add_argument
     add("--expect-devices", type=int, default=1, help="JAX devices of this machine")
     add("--expect-kind", default="cpu", help='"TPU v3" and so on, or cpu')
@@ -153,21 +150,22 @@ def disk(name: str, folder: Path, least: float) -> Check:
 
 
 def clock(launcher: float | None) -> Check:
-    """Against Google's clock if there is one, else the launcher's some time ago."""
-    now, source = time.time(), "the metadata server"
-    other = metadata_time()
-    if other is not None:
-        difference = now - other
-        ok = abs(difference) <= CLOCK
-    elif launcher is not None:
-        difference, source = now - launcher, "the launcher"
-        ok = -CLOCK <= difference <= SINCE
-    else:
-        return Check("clock", True, "nothing to compare it with")
-    way = "ahead of" if difference > 0 else "behind"
+    """Against Google's clock, if there is one, and the launcher's of some time ago.
+
+    The launcher has said until when the VM may live, by its own clock.
+    """
+    now, ok, found = time.time(), True, []
+    for source, other, most in (
+        ("the metadata server", metadata_time(), CLOCK),
+        ("the launcher", launcher, SINCE),
+    ):
+        if other is not None:
+            way = "ahead of" if now > other else "behind"
+            found.append(f"{abs(now - other):.0f} s {way} {source}")
+            ok = ok and -CLOCK <= now - other <= most
     return Check(
-        "clock", ok, f"{abs(difference):.0f} s {way} {source}",
-        "Logins and certificates fail with a wrong clock: "
+        "clock", ok, ", ".join(found) or "nothing to compare it with",
+        "Logins, certificates and the VM's deadline are wrong with a wrong clock: "
         "`sudo systemctl restart chrony systemd-timesyncd`, or set the launcher's.",
     )  # fmt: skip
 

@@ -7,9 +7,10 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
-from launch.kubectl import Failed
+from launch.errors import Failed
 from launch.source import pack, snapshot
 
 EXTRAS = {"tpu": "tpu,gcs,wandb", "gpu": "gpu,gcs,wandb", "cpu": "gcs,wandb"}
@@ -40,7 +41,7 @@ def build(options: argparse.Namespace) -> None:
             pack(source, archive)
             call(["tar", "-xzf", str(archive), "-C", folder])
             archive.unlink()
-            facts = json.dumps(source.facts(), indent=1)
+            facts = json.dumps(asdict(source), indent=1)
             (Path(folder) / "source.json").write_text(facts + "\n")
         for command in (made, push):
             print(f"$ {shlex.join(command)}", flush=True)

@@ -8,12 +8,8 @@ import shutil
 import subprocess
 from typing import Any
 
-from launch.errors import Refused
+from launch.errors import Failed, Refused
 from launch.jobset import CONTAINER
-
-
-class Failed(Exception):
-    """A command has failed; the message says how."""
 
 
 def kubectl_command(options: argparse.Namespace, *arguments: str) -> list[str]:

@@ -86,6 +86,11 @@ class Record:
         return self.folder / "code.tar.gz"
 
     @property
+    def changes(self) -> Path:
+        """What the code has that its commit has not."""
+        return self.folder / "changes.diff"
+
+    @property
     def down(self) -> Path:
         """There, if `down` has ended the launch, for a launcher that is at work."""
         return self.folder / "down"
@@ -102,6 +107,11 @@ class Record:
             raise Refused(
                 f"{self.folder.name!r}: there is no launch of this name; known here: "
                 f"{known}."
+            ) from None
+        except ValueError as error:
+            raise Refused(
+                f"{self.folder}/state.json cannot be read ({error}). Look what exists "
+                f"(`launch/tpu.py list --zone ...`), then delete the folder."
             ) from None
         known = {one.name for one in fields(Launch)}
         return Launch(**{key: value for key, value in found.items() if key in known})

@@ -28,6 +28,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from launch.command_line import cut, parser_of  # noqa: E402
+from launch.errors import Failed, Refused  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[1]
 PREFIX = "lm_scale."  # of the names of our jobs: no other is shown, or ended
 POLL = 1.0  # s between looks at a log; the queue is asked every tenth time
@@ -39,33 +44,21 @@ POLL = 1.0  # s between looks at a log; the queue is asked every tenth time
 SECRET = re.compile(r".*(KEY|KEY_ID|TOKEN|SECRET|PASSWORD|PASSWD)", re.IGNORECASE)
 
 
-class Mistake(Exception):
-    """What the user has to answer: exit status 2."""
-
-
-class Failure(Exception):
-    """What Slurm could not do: exit status 1."""
-
-
 def main(argv: list[str] | None = None) -> int:
     options = parse(sys.argv[1:] if argv is None else argv)
     try:
         return options.verb(options)
-    except (Mistake, Failure) as error:
+    except (Refused, Failed) as error:
         print(f"launch/slurm.py: {error}", file=sys.stderr)
-        return 2 if isinstance(error, Mistake) else 1
+        return 2 if isinstance(error, Refused) else 1
 
 
 # --- Options --------------------------------------------------------------------------
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    cut = argv.index("--") if "--" in argv else len(argv)
-    about, _, details = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="launch/slurm.py", description=about, epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    own, fields = cut(argv)
+    parser = parser_of("launch/slurm.py", __doc__)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     train_verb = verbs.add_parser("train", help="submit a job that trains CONFIG")
@@ -98,8 +91,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )  # fmt: skip
     down_verb.set_defaults(verb=down)
 
-    options = parser.parse_args(argv[:cut])
-    fields = argv[cut + 1 :]
+    options = parser.parse_args(own)
     if fields and options.verb is not train:
         parser.error(f"nothing can follow -- here, but there is {shlex.join(fields)}")
     options.fields = fields
@@ -162,10 +154,10 @@ class Run:
 
 def checked(options: argparse.Namespace) -> Run:
     if not Path(options.config).is_file():
-        raise Mistake(f"there is no config file {options.config}.")
+        raise Refused(f"there is no config file {options.config}.")
     name = options.name or Path(options.config).stem
     if not re.fullmatch(r"[A-Za-z0-9_][\w.-]{0,63}", name, re.ASCII) or name.isdigit():
-        raise Mistake(
+        raise Refused(
             f"the name is {name!r}: expected at most 64 letters, digits and _ . - (not "
             f"only digits), since a job and a folder get it; choose one by --name."
         )
@@ -184,7 +176,7 @@ def find_python(given: str | None) -> str:
     if given is None:
         python = ROOT / ".venv" / "bin" / "python"
         if not python.exists():
-            raise Mistake(
+            raise Refused(
                 f"{python} is missing: make it with {ROOT}/tests/run or "
                 f"{ROOT}/launch/quickstart, or name the Python of an environment with "
                 f"lm_scale by --python."
@@ -200,14 +192,14 @@ def check_time(text: str | None, lead: int) -> None:
         return
     form = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
     if not form:
-        raise Mistake(f"--time {text!r}: expected [DAYS-]HOURS:MINUTES:SECONDS.")
+        raise Refused(f"--time {text!r}: expected [DAYS-]HOURS:MINUTES:SECONDS.")
     days, *given = form.groups()
     parts = [int(part) for part in given if part is not None]
     units = [3600, 60, 1] if days or len(parts) == 3 else [60, 1]
     seconds = int(days or 0) * 86400
     seconds += sum(part * unit for part, unit in zip(parts, units, strict=False))
     if 0 < seconds < lead + 60:
-        raise Mistake(
+        raise Refused(
             f"--time {text} is {seconds} s, of which the last {lead} are for saving: "
             f"no time to train; raise it, or lower --stop-before."
         )
@@ -216,7 +208,7 @@ def check_time(text: str | None, lead: int) -> None:
 def directives(options: argparse.Namespace, name: str, folder: Path) -> list[str]:
     gpus = re.fullmatch(r"([\w.-]+:)?(\d+)", options.gpus_per_node, re.ASCII)
     if not gpus:
-        raise Mistake(
+        raise Refused(
             f"--gpus-per-node {options.gpus_per_node!r}: expected a number or "
             f"TYPE:NUMBER, such as 8 or a100:4; 0 for CPUs."
         )
@@ -246,7 +238,7 @@ def directives(options: argparse.Namespace, name: str, folder: Path) -> list[str
     ]
     for extra in options.sbatch:
         if not extra.startswith("-") or not extra.isprintable():
-            raise Mistake(
+            raise Refused(
                 f"--sbatch {extra!r}: expected one option of sbatch, such as "
                 f"--sbatch=--exclusive."
             )
@@ -256,7 +248,7 @@ def directives(options: argparse.Namespace, name: str, folder: Path) -> list[str
 def directive_value(key: str, value: str) -> str:
     """As sbatch reads it: neither as a shell nor to the end of the line."""
     if not value or not value.isprintable() or '"' in value or "\\" in value:
-        raise Mistake(
+        raise Refused(
             f"{key} = {value!r}: sbatch's directives cannot hold it (empty, or with a "
             f"quotation mark, a backslash or a line's end)."
         )
@@ -404,7 +396,7 @@ def train(options: argparse.Namespace) -> int:
     with locked(run.folder / "lock"):
         for job in queued():
             if job.name == run.name:
-                raise Mistake(
+                raise Refused(
                     f"job {job.number} of the name {run.name} is {job.state} already; "
                     f"end it (launch/slurm.py down {job.number}), or choose another "
                     f"--name."
@@ -531,7 +523,7 @@ def follow(wanted: str) -> int:
 
 def down(options: argparse.Namespace) -> int:
     if bool(options.job) == options.all:
-        raise Mistake("expected a job's name or number, or --all.")
+        raise Refused("expected a job's name or number, or --all.")
     jobs = [x for x in queued() if options.all or options.job in (x.name, x.number)]
     saving = [job for job in jobs if job.state == "RUNNING" and options.grace]
     for job in saving:  # as when it is preempted, but then it is not queued again
@@ -550,7 +542,7 @@ def down(options: argparse.Namespace) -> int:
             log_of(job).with_name("secrets.sh").unlink(missing_ok=True)
     if left:
         numbers = ", ".join(job.number for job in left)
-        raise Failure(f"cancelled, but still in the queue: {numbers}; see list.")
+        raise Failed(f"cancelled, but still in the queue: {numbers}; see list.")
     if not jobs:
         print("nothing to end: no such job of ours is queued or running")
     return 0
@@ -609,11 +601,11 @@ def find_log(wanted: str) -> Path:
     """The newest log, below this folder, of a job's name or number."""
     runs = Path.cwd() / "runs"
     if not re.fullmatch(r"[\w.-]+", wanted):
-        raise Mistake(f"{wanted!r}: expected a job's name or number.")
+        raise Refused(f"{wanted!r}: expected a job's name or number.")
     pattern = f"*/slurm/{wanted}.log" if wanted.isdigit() else f"{wanted}/slurm/*.log"
     found = sorted(runs.glob(pattern), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise Mistake(
+        raise Refused(
             f"no job {wanted} of ours is queued or running, and there is no log "
             f"{runs}/{pattern}: start this where the job was submitted."
         )
@@ -633,16 +625,16 @@ def accounted(number: str) -> str:
 
 
 def slurm(*command: str, env: dict[str, str] | None = None, fail: bool = True) -> str:
-    """What a program of Slurm prints. Raises Failure with what it complains of."""
+    """What a program of Slurm prints. Raises Failed with what it complains of."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=env)
     except FileNotFoundError as error:
-        raise Mistake(
+        raise Refused(
             f"{command[0]} is not on PATH: start this on a machine from which jobs are "
             f"submitted (--dry-run works anywhere)."
         ) from error
     if done.returncode and fail:
-        raise Failure(f"{command[0]} failed: {done.stderr.strip() or done.stdout}")
+        raise Failed(f"{command[0]} failed: {done.stderr.strip() or done.stdout}")
     return done.stdout if not done.returncode else ""
 
 

@@ -9,9 +9,8 @@ import os
 import shutil
 import subprocess
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from launch.errors import Refused
 
@@ -26,9 +25,6 @@ class Source:
     tree: str  # of the commit and all that was changed since
     diff: str  # from the one to the other; "": nothing was
     left: tuple[str, ...]  # files that git does not know, which are not sent
-
-    def facts(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def snapshot(config: str | None = None, root: Path = ROOT) -> Source:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attempt after attempt: a VM, a job on it, what its end means, and what then."""
 
-import contextlib
 import signal
 import tarfile
 import tempfile
 import time
 from pathlib import Path
 
+from launch.command_line import say
 from launch.errors import Refused
 from launch.exists import PROG, remains_if_possible
 from launch.follow import Outcome, follow, read_log
@@ -22,11 +22,6 @@ from launch.vm import (
     start_job,
     state_of,
 )
-
-
-def say(text: str) -> None:
-    with contextlib.suppress(OSError):  # the terminal may be gone
-        print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
 
 
 def again(launch: Launch) -> None:
@@ -85,7 +80,7 @@ def attempt(cloud: Cloud, launch: Launch, record: Record) -> Outcome:
     launch.phase = "getting a VM"
     record.save(launch)
     try:
-        bring_up(cloud, launch, say)
+        bring_up(cloud, launch, record)
     except (CloudError, NoVM) as error:
         if isinstance(error, CloudError) and error.kind not in PASSING:
             raise
@@ -94,7 +89,7 @@ def attempt(cloud: Cloud, launch: Launch, record: Record) -> Outcome:
     record.save(launch)
     try:
         start_job(cloud, launch, record)
-        return follow(cloud, launch, record, say)
+        return follow(cloud, launch, record)
     except Unreachable as error:
         return Outcome("broken", 1, str(error))
 

@@ -18,9 +18,7 @@ import argparse
 import os
 import re
 import signal
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -28,21 +26,21 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launch import source  # noqa: E402
+from launch.command_line import cut, parser_of, say  # noqa: E402
 from launch.errors import Refused  # noqa: E402
 from launch.exists import PROG, ago, remains, until  # noqa: E402
 from launch.follow import ask, read_log  # noqa: E402
 from launch.gcloud import Cloud, CloudError, run_of  # noqa: E402
 from launch.record import Launch, Record, check_name, names, slug  # noqa: E402
 from launch.slices import find  # noqa: E402
-from launch.supervise import again, close, say, supervise  # noqa: E402
+from launch.supervise import again, close, supervise  # noqa: E402
 from launch.vm import bring_up, describe, start_job, state_of  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb; returns the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
-    split = argv.index("--") if "--" in argv else len(argv)
-    options, rest = parse(argv[:split]), argv[split + 1 :]
+    own, rest = cut(sys.argv[1:] if argv is None else argv)
+    options = parse(own)
     for received in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(received) != signal.SIG_IGN:  # as nohup has it
             signal.signal(received, interrupt)
@@ -322,24 +320,17 @@ def fields(config: str | None, rest: list[str]) -> list[str]:
 
 def check_config(config: str, rest: list[str]) -> None:
     """Loads the config here, where lm_scale is installed: a typo costs no VM."""
-    code = (
-        "import sys\n"
-        "try:\n    from lm_scale.__main__ import config_from\n"
-        "    from lm_scale.errors import InputError\n"
-        "except ImportError as error:\n    sys.exit(f'not checked: {error}')\n"
-        "try:\n    config_from('train', '', sys.argv[1:])\n"
-        "except InputError as error:\n    print(error, file=sys.stderr); sys.exit(2)\n"
-    )
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "NPROC": "16"}
-    env["PYTHONPATH"] = os.pathsep.join([str(source.ROOT), *sys.path])
-    done = subprocess.run(
-        [sys.executable, "-c", code, config, *rest], env=env, text=True,
-        capture_output=True, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-    if done.returncode == 2:
-        raise Refused(f"{config}: {done.stderr.strip()}")
-    if done.returncode:
-        say(f"the config is not checked here: {done.stderr.strip()[-300:]}")
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    try:
+        from lm_scale.__main__ import config_from
+        from lm_scale.errors import InputError
+    except ImportError as error:
+        say(f"the config is not checked here: {error}")
+        return
+    try:
+        config_from("train", "", [config, *rest])
+    except InputError as error:
+        raise Refused(f"{config}: {error}") from None
 
 
 def prepare(launch: Launch, record: Record) -> None:
@@ -353,7 +344,7 @@ def prepare(launch: Launch, record: Record) -> None:
     part = record.folder / "part.tar.gz"
     source.pack(sent, part)
     os.replace(part, record.code)
-    (record.folder / "changes.diff").write_text(sent.diff)
+    record.changes.write_text(sent.diff)
     record.save(launch)  # last: what it names is there
     changed = f" and changes ({len(sent.diff.splitlines())} lines)" if sent.diff else ""
     say(f"sending commit {sent.commit[:12]}{changed}; kept in {record.folder}")
@@ -364,13 +355,9 @@ def prepare(launch: Launch, record: Record) -> None:
 
 def rehearse(launch: Launch) -> int:
     """Prints the gcloud commands of a launch in which nothing goes wrong."""
-    cloud = cloud_of(launch, dry_run=True)
-    bring_up(cloud, launch, say=lambda _: None)
-    with tempfile.TemporaryDirectory() as folder:
-        record = Record(launch.name)
-        record.folder = Path(folder)
-        record.code.write_bytes(b"")
-        start_job(cloud, launch, record)
+    cloud, record = cloud_of(launch, dry_run=True), Record(launch.name)
+    bring_up(cloud, launch, record)
+    start_job(cloud, launch, record)
     read_log(cloud, launch, 0)
     if not launch.keep:
         cloud.delete(launch.name, queued=launch.queued)
@@ -399,11 +386,7 @@ def clouds(options: argparse.Namespace) -> list[Cloud]:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    about, _, details = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        prog=PROG, description=about, epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-    )  # fmt: skip
+    parser = parser_of(PROG, __doc__)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     def verb(name: str, function: Any) -> argparse.ArgumentParser:

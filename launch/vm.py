@@ -8,20 +8,18 @@ import shlex
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from launch.command_line import keys, say
 from launch.errors import Refused
 from launch.gcloud import LABEL, OWNER, Cloud, labels_of, run_of
 from launch.record import Launch, Record
 
 WORKER = Path(__file__).with_name("worker.py")
 DEADLINE = Path(__file__).with_name("deadline.sh")
-SECRETS = ("WANDB_API_KEY", "HF_TOKEN")
 COMING = ("CREATING", "STARTING", "RESTARTING", "REIMAGING", "REPAIRING")
 QUEUING = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE")
-Say = Callable[[str], None]
 
 
 class NoVM(Exception):
@@ -32,7 +30,7 @@ class Unreachable(Exception):
     """Workers do not answer, or what they need could not be brought to them."""
 
 
-def bring_up(cloud: Cloud, launch: Launch, say: Say) -> None:
+def bring_up(cloud: Cloud, launch: Launch, record: Record) -> None:
     """Makes the launch's VM, or finds it, and waits until it is ready.
 
     One that is dead, or a queued request that has failed, is deleted first: both hold
@@ -53,7 +51,7 @@ def bring_up(cloud: Cloud, launch: Launch, say: Say) -> None:
         launch.log_read = 0
         labels = {LABEL: launch.name, OWNER: launch.owner,
                   "lm-scale-expires": str(launch.deadline)}  # fmt: skip
-        startup = Record(launch.name).folder / "startup.sh"
+        startup = record.folder / "startup.sh"
         if not cloud.dry_run:
             startup.write_text(startup_script(launch))
         cloud.create(
@@ -62,7 +60,7 @@ def bring_up(cloud: Cloud, launch: Launch, say: Say) -> None:
             startup=startup, wait=launch.wait_hours * 3600,
         )  # fmt: skip
     if not cloud.dry_run:
-        wait(cloud, launch, say)
+        wait(cloud, launch)
 
 
 def startup_script(launch: Launch) -> str:
@@ -90,7 +88,7 @@ def timer(launch: Launch) -> list[str]:
             "--save-seconds", str(int(0.8 * launch.saving))]  # fmt: skip
 
 
-def wait(cloud: Cloud, launch: Launch, say: Say) -> None:
+def wait(cloud: Cloud, launch: Launch) -> None:
     """Until the VM is ready, telling what it waits for whenever that changes."""
     start, told = time.monotonic(), None
     while True:
@@ -168,7 +166,8 @@ def start_job(cloud: Cloud, launch: Launch, record: Record) -> None:
     remote = f"lm_scale-{launch.name}.tar"
     with tempfile.TemporaryDirectory(dir=in_memory()) as folder:
         file = Path(folder) / "send.tar"
-        write_bundle(file, launch, record)
+        if not cloud.dry_run:
+            write_bundle(file, launch, record)
         done = cloud.copy_to(launch.name, file, remote, seconds=900)
     if done.status != 0:
         raise Unreachable(f"copying the code failed:\n{done.err.strip()[-2000:]}")
@@ -189,15 +188,15 @@ def start_job(cloud: Cloud, launch: Launch, record: Record) -> None:
 
 def write_bundle(file: Path, launch: Launch, record: Record) -> None:
     """All that a worker needs, in an archive that only its owner can read."""
-    secrets = {name: os.environ[name] for name in SECRETS if os.environ.get(name)}
     job = json.dumps(job_of(launch), indent=1).encode()
     os.close(os.open(file, os.O_CREAT | os.O_WRONLY, 0o600))
     with tarfile.open(file, "w") as archive:
         archive.add(WORKER, "worker.py")
         archive.add(record.code, "code.tar.gz")
+        archive.add(record.changes, "changes.diff")
         for name, content in (
             ("job.json", job),
-            *([("secrets.env", json.dumps(secrets).encode())] if secrets else []),
+            ("secrets.env", json.dumps(keys()).encode()),
         ):
             entry = tarfile.TarInfo(name)
             entry.size, entry.mode = len(content), 0o600
@@ -218,7 +217,8 @@ def job_of(launch: Launch) -> dict[str, Any]:
         ("setup", ["bash", "launch/setup_host.sh", "tpu", "gcs"]),
         ("health", ["{LM_SCALE_PYTHON}", "launch/health.py",
                     "--expect-devices", str(made.devices_per_host),
-                    "--expect-kind", made.generation.kind]),
+                    "--expect-kind", made.generation.kind,
+                    "--time", str(int(time.time()))]),
     ]  # fmt: skip
     if launch.config is not None:
         # From the code's folder: the same words on all workers.

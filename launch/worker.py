@@ -5,12 +5,11 @@
     worker.py start        starts the job of this folder, if it has not been started
     worker.py status       one line of JSON: where the job is, how it ended
     worker.py log OFFSET   what it has printed since
-    worker.py stop         SIGTERM to what it runs
     worker.py deadline     sets the VM's timer anew
     worker.py pack         archives the run's folder, without checkpoints and tokens
 
 Runs on the images' own Python, 3.8 or later, and needs nothing else. The folder holds
-job.json, code.tar.gz and, if there are any, secrets.env (0600, deleted at the end).
+job.json, code.tar.gz, changes.diff and secrets.env (0600, deleted at the end).
 gcloud may run each of these commands again: none does its work twice, none ends with
 255, which gcloud takes for a broken connection.
 """
@@ -37,8 +36,8 @@ CHUNK = 1 << 18  # bytes of the log at a time
 
 
 def main(argv):
-    verbs = {"start": start, "status": status, "log": log, "stop": stop, "pack": pack,
-             "deadline": deadline}  # fmt: skip
+    verbs = {"start": start, "status": status, "log": log, "deadline": deadline,
+             "pack": pack}  # fmt: skip
     if not argv or argv[0] not in verbs:
         print(__doc__)
         return 2
@@ -55,17 +54,17 @@ def start():
     try:
         hold(lock)
     except BlockingIOError:
-        other = read("status.json").get("id")
-        if other == job["id"] or other is None:
+        other = read("status.json").get("run", job["run"])
+        if other == job["run"]:
             print(f"worker {worker()}: already started")
             return 0
-        print(f"worker {worker()}: job {other} is running; stop it first")
+        print(f"worker {worker()}: the run {other} is at work here")
         return 3
     if read("status.json").get("id") == job["id"]:
         forget_secrets()
         print(f"worker {worker()}: has been started before")
         return 0
-    note(id=job["id"], stage="start", since=time.time())
+    note(id=job["id"], run=job["run"], stage="start", since=time.time())
     if LOG.exists():
         LOG.unlink()
     if os.fork() == 0:  # the child keeps the lock as long as it lives
@@ -112,6 +111,7 @@ def do(job):
     unpack(job["tree"])
     run_folder().mkdir(parents=True, exist_ok=True)
     (run_folder() / "launch.json").write_text(json.dumps(job, indent=1) + "\n")
+    shutil.copy(FOLDER / "changes.diff", run_folder())  # commit + diff: what is run
     for stage, command in job["stages"]:
         note(stage=stage, since=time.time())
         print(f"--- {stage}", flush=True)
@@ -200,12 +200,6 @@ def log(offset):
         file.seek(max(size + start, 0) if start < 0 else min(start, size))
         # As base64: terminals and encodings between here and there change no byte.
         print("lm_scale-log " + base64.b64encode(file.read(CHUNK)).decode())
-
-
-def stop():
-    if locked():
-        os.kill(int(read("status.json").get("pid", 0)), signal.SIGTERM)
-    print(f"worker {worker()}: stopping")
 
 
 def pack():

@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from uuid import uuid4
 
 import jax
 import numpy as np
@@ -66,15 +67,18 @@ def export(config: ModelConfig, params: Params, tokenizer, folder: Path | str) -
     """
     folder, leads = Path(folder), jax.process_index() == 0
     draft, files = folder / ".export", deal_out(config, flatten(params))
+    mark = draft / distributed.from_first(uuid4().hex)  # of this draft: not an old one
     try:
         if leads:
             shutil.rmtree(draft, ignore_errors=True)  # of an export that was killed
             draft.mkdir(parents=True)
             _write_settings(config, tokenizer, draft)
-        shared = all(distributed.everyone(draft.is_dir()))
+            mark.touch()
+        shared = all(distributed.everyone(mark.exists()))
         write_files(files, draft, jax.process_count() if shared else 1)
         sync_global_devices("lm_scale.export: the draft is whole")
         if leads:
+            mark.unlink()
             publish(draft, folder)
     finally:
         if leads:

@@ -217,3 +217,29 @@ def test_too_little_memory_is_one_clear_message(config_file, monkeypatch, capsys
     assert main(["train", config_file()]) == 1
     shown = capsys.readouterr().err
     assert "memory is too small" in shown and "allocating 7 bytes" in shown
+
+
+# --- Launches -------------------------------------------------------------------------
+
+
+def test_a_launch_is_the_script_of_its_engine():
+    def launch(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-m", "lm_scale", "launch", *arguments],
+            capture_output=True, text=True,
+        )  # fmt: skip
+
+    said = launch("local", "-n", "2", "--", "sh", "-c", "echo $LM_SCALE_PROCESS_ID")
+    assert said.returncode == 0
+    assert sorted(said.stdout.splitlines()) == ["[0] 0", "[1] 1"]
+    for engine in ("tpu", "slurm", "gke"):
+        help_ = launch(engine, "--help")
+        assert help_.returncode == 0 and f"launch/{engine}.py train" in help_.stdout
+    assert launch("tpu", "train").returncode == 2
+
+
+def test_an_engine_that_is_none(capsys):
+    assert main(["launch", "cloud"]) == 2
+    assert "expected an engine, got 'cloud'" in capsys.readouterr().err
+    assert main(["launch", "--help"]) == 0
+    assert "launch/README.md shows each" in capsys.readouterr().out

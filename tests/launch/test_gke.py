@@ -58,7 +58,7 @@ OTHERS = [
 
 @pytest.fixture(autouse=True)
 def no_keys(monkeypatch):
-    for name in gke.SECRETS:
+    for name in gke.KEYS:
         monkeypatch.delenv(name, raising=False)
 
 

@@ -179,6 +179,8 @@ def test_clock_against_the_metadata_server(monkeypatch, off, ok):
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         assert health.clock(None).ok is ok
         assert "metadata server" in health.clock(None).found
+        both = health.clock(time.time() + 9000)  # that is what the deadline is set by
+        assert not both.ok and "behind the launcher" in both.found
         monkeypatch.delenv("TPU_WORKER_HOSTNAMES", raising=False)
         assert health.several_hosts()
     finally:

@@ -18,6 +18,7 @@ from slurm_cluster import Cluster, members, missing_programs
 from tiny import causal_run
 
 from launch import slurm
+from launch.errors import Refused
 from lm_scale.config import RunConfig
 from lm_scale.runs import open_run
 from lm_scale.sharding import flatten
@@ -186,7 +187,7 @@ def test_a_time_limit_leaves_time_to_train(text, fits):
     """In each of Slurm's forms; 0 is no limit."""
     try:
         slurm.check_time(text, lead=300)
-    except slurm.Mistake:
+    except Refused:
         assert not fits
     else:
         assert fits
