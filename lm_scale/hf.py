@@ -67,13 +67,14 @@ def export(config: ModelConfig, params: Params, tokenizer, folder: Path | str) -
     """
     folder, leads = Path(folder), jax.process_index() == 0
     draft, files = folder / ".export", deal_out(config, flatten(params))
-    mark = draft / distributed.from_first(uuid4().hex)  # of this draft: not an old one
+    mark = draft / uuid4().hex  # process 0's, of this draft: not an old one
     try:
         if leads:
             shutil.rmtree(draft, ignore_errors=True)  # of an export that was killed
             draft.mkdir(parents=True)
             _write_settings(config, tokenizer, draft)
             mark.touch()
+        mark = draft / distributed.from_first(mark.name)  # which is there by now
         shared = all(distributed.everyone(mark.exists()))
         write_files(files, draft, jax.process_count() if shared else 1)
         sync_global_devices("lm_scale.export: the draft is whole")

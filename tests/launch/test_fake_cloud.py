@@ -470,7 +470,7 @@ def test_programs_that_would_harm_this_machine(cloud):
 
 def test_a_startup_script_and_programs(cloud):
     cloud.programs["df"] = "#!/bin/sh\necho lots\n"
-    vm = cloud.make("n1", metadata={"startup-script": "df > here"})
+    vm = cloud.make("n1", metadata={"startup-script": "#!/bin/sh\ndf > here\n"})
     until(
         lambda: (file := vm.home(0) / "here").exists() and file.read_text() == "lots\n"
     )
