@@ -17,7 +17,7 @@ from rich.console import Console
 from slurm_cluster import Cluster, members, missing_programs
 from tiny import causal_run
 
-from launch import slurm
+from launch import sbatch, slurm
 from launch.errors import Refused
 from lm_scale.config import RunConfig
 from lm_scale.runs import open_run
@@ -129,16 +129,16 @@ def test_it_says_which_code(folder, capsys, monkeypatch):
         )  # fmt: skip
         return done.stdout.strip()
 
-    monkeypatch.setattr(slurm, "ROOT", repository)
-    assert slurm.code_identity() == "unknown" or ROOT in repository.parents
+    monkeypatch.setattr(sbatch, "ROOT", repository)
+    assert sbatch.code_identity() == "unknown" or ROOT in repository.parents
     git("init", "-q")
     (repository / "a").write_text("1\n")
     git("add", "a")
     git("commit", "-qm", "first")
     commit = git("rev-parse", "HEAD")
-    assert slurm.code_identity() == commit
+    assert sbatch.code_identity() == commit
     (repository / "a").write_text("2\n")
-    identity = slurm.code_identity()
+    identity = sbatch.code_identity()
     assert re.fullmatch(commit + " and changes [0-9a-f]{12}", identity)
     assert f"# Code: {identity}\n" in rendered(capsys)
 
@@ -169,7 +169,7 @@ def test_mistakes(folder, capsys, arguments, message):
 
 
 def test_without_an_environment_and_without_slurm(folder, capsys, monkeypatch):
-    monkeypatch.setattr(slurm, "ROOT", folder)
+    monkeypatch.setattr(sbatch, "ROOT", folder)
     assert slurm.main(["render", "x.py"]) == 2
     assert "name the Python of an environment" in capsys.readouterr().err
     monkeypatch.setenv("PATH", str(folder))
@@ -186,7 +186,7 @@ def test_without_an_environment_and_without_slurm(folder, capsys, monkeypatch):
 def test_a_time_limit_leaves_time_to_train(text, fits):
     """In each of Slurm's forms; 0 is no limit."""
     try:
-        slurm.check_time(text, lead=300)
+        sbatch.check_time(text, lead=300)
     except Refused:
         assert not fits
     else:
