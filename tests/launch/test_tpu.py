@@ -472,6 +472,7 @@ def test_a_dead_vm_that_holds_the_name_is_deleted_first(state, launcher, cloud):
 @pytest.mark.parametrize(
     ("labels", "accelerator", "said"),
     [("a=b", "v3-8", "no launch of ours has made it"),
+     ("lm-scale-run=small,lm-scale-owner=0123abcd", "v3-8", "a launch from elsewhere"),
      ("lm-scale-run=small", "v2-8", "exists as v2-8, not v3-8")],
 )  # fmt: skip
 def test_a_name_that_is_anothers_is_left_alone(
