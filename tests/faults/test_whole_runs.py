@@ -67,6 +67,10 @@ def assert_same(got: RunConfig, want: RunConfig) -> None:
         np.testing.assert_array_equal(weights(got)[path], value, err_msg=path)
 
 
+def exhaustive(*values):
+    return pytest.param(*values, marks=pytest.mark.exhaustive)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> RunConfig:
     config = tiny_run(tmp_path_factory.mktemp("undisturbed"))
@@ -101,9 +105,9 @@ def disturbed(fault: str, folder: Path, **changes) -> tuple[RunConfig, int, str]
 @pytest.mark.parametrize(
     ("fault", "newest"),
     [
-        ("kill@step:6", 4),
+        exhaustive("kill@step:6", 4),
         ("kill@unsealed:8", 4),  # all data written, but for the manifest
-        ("kill@sealed:8", 4),  # whole, but without its name
+        exhaustive("kill@sealed:8", 4),  # whole, but without its name
         ("kill@deletion:4", 8),  # in the middle of letting the one before go
     ],
 )
@@ -132,7 +136,7 @@ def test_a_signal_during_compilation_ends_at_once(tmp_path, undisturbed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["SIGTERM@unsealed:4", "SIGINT@step:5"])
+@pytest.mark.parametrize("fault", ["SIGTERM@unsealed:4", exhaustive("SIGINT@step:5")])
 def test_a_signal_stops_and_saves(fault, tmp_path, undisturbed):
     """Also while a checkpoint is being written."""
     config, status, shown = disturbed(fault, tmp_path)
@@ -162,9 +166,9 @@ def test_a_second_signal_ends_at_once_and_harms_nothing(tmp_path, undisturbed):
 @pytest.mark.parametrize(
     ("make", "changes"),
     [
-        (causal_run, {}),
+        exhaustive(causal_run, {}),
         (masked_run, {}),
-        (causal_run, {"optimizer": Adafactor(clip=1.0)}),
+        exhaustive(causal_run, {"optimizer": Adafactor(clip=1.0)}),
         (causal_run, {"mesh": MeshShape(data=2, fsdp=4)}),
     ],
 )

@@ -576,7 +576,7 @@ def undisturbed(tmp_path_factory) -> RunConfig:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tasks", [1, 2])
+@pytest.mark.parametrize("tasks", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
 def test_a_preempted_run_ends_as_an_undisturbed_one(
     on_cluster, folder, capsys, monkeypatch, undisturbed, tasks
 ):

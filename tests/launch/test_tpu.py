@@ -246,7 +246,10 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["getting a VM", "starting", "train"])
+@pytest.mark.parametrize(
+    "stage",
+    [pytest.param("getting a VM", marks=pytest.mark.exhaustive), "starting", "train"],
+)
 def test_a_launcher_that_is_killed_is_gone_on_with(
     stage, launcher, checkout, cloud, tmp_path
 ):
