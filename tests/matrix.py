@@ -80,6 +80,7 @@ MORE_LAYOUTS = {
 VARIANTS = ((1, 1), (4, LAYERS))  # accumulate, unroll
 MIXED = ((1, LAYERS), (4, 1))  # on one mesh: what is unrolled knows no mesh
 TWO_PROCESSES = LAYOUTS["data=2 fsdp=2 tensor=2"]
+BY_TURNS = tuple(zip(FAMILIES, itertools.cycle(VARIANTS)))  # what they train there
 
 
 def batch(number: int) -> dict[str, np.ndarray]:
@@ -151,7 +152,7 @@ def main(folder: str) -> None:
     from lm_scale.connect import connect
 
     connect("matrix", [])
-    for family, (accumulate, unroll) in itertools.product(FAMILIES, VARIANTS):
+    for family, (accumulate, unroll) in BY_TURNS:
         losses, weights = train(family, TWO_PROCESSES, accumulate, unroll)
         if distributed.index() == 0:
             path = Path(folder) / f"{family}-{accumulate}-{unroll}.npz"
