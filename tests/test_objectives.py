@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens -> example: what is asked, and that the noise is a pure function."""
+"""Tokens -> examples: what is asked, and that the noise is a pure function."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lm_scale.errors import InputError
-from lm_scale.objectives import IGNORE, CausalLM, MaskedLM, Vocabulary
+from lm_scale.objectives import IGNORE, CausalLM, MaskedLM, NoiseKeys, Vocabulary
 
 SPECIAL = (1, 2, 3, 4)
 MASK = 4
@@ -23,6 +23,14 @@ def text(length, *, seed=0, special=True):
     return tokens if special else tokens[~np.isin(tokens, SPECIAL)]
 
 
+def example(objective, tokens, key=KEY, vocabulary=VOCABULARY):
+    """Of one row."""
+    seed, epoch, number = key
+    keys = NoiseKeys(seed, np.array([epoch]), np.array([number]))
+    rows = objective.examples(tokens[None], vocabulary, keys)
+    return {name: x[0] for name, x in rows.items()}
+
+
 def within_four_sigma(count, total, share):
     """`count` of `total` independent draws of probability `share`."""
     sigma = math.sqrt(total * share * (1 - share))
@@ -34,16 +42,16 @@ def within_four_sigma(count, total, share):
 
 def test_clm_labels_are_the_next_tokens():
     tokens = np.array([5, 0, 7, 2], np.int32)
-    example = CausalLM().example(tokens, VOCABULARY, KEY)
-    np.testing.assert_array_equal(example["tokens"], [5, 0, 7, 2])
-    np.testing.assert_array_equal(example["labels"], [0, 7, 2, IGNORE])
-    assert example["labels"].dtype == np.int32
+    made = example(CausalLM(), tokens)
+    np.testing.assert_array_equal(made["tokens"], [5, 0, 7, 2])
+    np.testing.assert_array_equal(made["labels"], [0, 7, 2, IGNORE])
+    assert made["labels"].dtype == np.int32
     np.testing.assert_array_equal(tokens, [5, 0, 7, 2])  # the input is left alone
 
 
 def test_clm_of_one_token_asks_nothing():
-    example = CausalLM().example(np.array([5], np.int32), VOCABULARY, KEY)
-    np.testing.assert_array_equal(example["labels"], [IGNORE])
+    made = example(CausalLM(), np.array([5], np.int32))
+    np.testing.assert_array_equal(made["labels"], [IGNORE])
 
 
 def test_clm_takes_any_vocabulary():
@@ -55,14 +63,14 @@ def test_clm_takes_any_vocabulary():
 
 def test_mlm_is_a_function_of_seed_epoch_and_number():
     tokens = text(500)
-    once = MaskedLM().example(tokens, VOCABULARY, KEY)
-    again = MaskedLM().example(tokens.copy(), VOCABULARY, KEY)
+    once = example(MaskedLM(), tokens)
+    again = example(MaskedLM(), tokens.copy())
     for name in ("tokens", "labels"):
         np.testing.assert_array_equal(once[name], again[name])
         assert once[name].dtype == np.int32 and once[name].shape == tokens.shape
     # Each part of the key matters, and they do not stand in for one another.
     others = [(43, 3, 17), (42, 4, 17), (42, 3, 18), (42, 17, 3), (3, 42, 17)]
-    noises = [MaskedLM().example(tokens, VOCABULARY, key)["labels"] for key in others]
+    noises = [example(MaskedLM(), tokens, key)["labels"] for key in others]
     for i, noise in enumerate([once["labels"], *noises]):
         for other in noises[i:]:
             assert not np.array_equal(noise, other)
@@ -73,7 +81,7 @@ def test_mlm_noise_of_neighbours_is_independent():
     tokens = text(4000, special=False)
     size = tokens.size
     chosen = [
-        MaskedLM().example(tokens, VOCABULARY, (42, epoch, number))["labels"] != IGNORE
+        example(MaskedLM(), tokens, (42, epoch, number))["labels"] != IGNORE
         for epoch, number in ((0, 0), (0, 1), (1, 0))
     ]
     for a in range(3):
@@ -86,9 +94,9 @@ def test_mlm_noise_of_neighbours_is_independent():
 def test_mlm_statistics():
     """15 % are chosen; of those 80 % become the mask, 10 % any token, 10 % stay."""
     tokens = text(200_000, special=False)
-    example = MaskedLM().example(tokens, VOCABULARY, KEY)
-    chosen = example["labels"] != IGNORE
-    hidden = example["tokens"][chosen]
+    made = example(MaskedLM(), tokens)
+    chosen = made["labels"] != IGNORE
+    hidden = made["tokens"][chosen]
     total = int(chosen.sum())
     assert within_four_sigma(total, tokens.size, 0.15)
     assert (tokens[chosen] != MASK).all()  # so a mask there comes from the objective
@@ -108,9 +116,9 @@ def test_mlm_statistics():
 def test_mlm_with_other_shares(masked, random):
     tokens = text(50_000, special=False)
     objective = MaskedLM(probability=0.4, masked=masked, random=random)
-    example = objective.example(tokens, VOCABULARY, KEY)
-    chosen = example["labels"] != IGNORE
-    total, hidden = int(chosen.sum()), example["tokens"][chosen]
+    made = example(objective, tokens)
+    chosen = made["labels"] != IGNORE
+    total, hidden = int(chosen.sum()), made["tokens"][chosen]
     assert within_four_sigma(total, tokens.size, 0.4)
     # An expected share of 0 or 1 leaves no room at all.
     share = masked + random / VOCABULARY.size
@@ -121,27 +129,27 @@ def test_mlm_with_other_shares(masked, random):
 
 def test_mlm_labels_are_the_original_tokens_and_the_rest_is_unchanged():
     tokens = text(20_000)
-    example = MaskedLM().example(tokens, VOCABULARY, KEY)
-    chosen = example["labels"] != IGNORE
-    np.testing.assert_array_equal(example["labels"][chosen], tokens[chosen])
-    np.testing.assert_array_equal(example["tokens"][~chosen], tokens[~chosen])
-    assert (example["labels"][~chosen] == IGNORE).all()
+    made = example(MaskedLM(), tokens)
+    chosen = made["labels"] != IGNORE
+    np.testing.assert_array_equal(made["labels"][chosen], tokens[chosen])
+    np.testing.assert_array_equal(made["tokens"][~chosen], tokens[~chosen])
+    assert (made["labels"][~chosen] == IGNORE).all()
     np.testing.assert_array_equal(tokens, text(20_000))  # the input is left alone
 
 
 def test_mlm_never_chooses_special_tokens():
     tokens = text(20_000)
     assert np.isin(tokens, SPECIAL).sum() > 1000
-    labels = MaskedLM(probability=0.9).example(tokens, VOCABULARY, KEY)["labels"]
+    labels = example(MaskedLM(probability=0.9), tokens)["labels"]
     assert not np.isin(labels, SPECIAL).any()
     only_special = np.full(100, 2, np.int32)
-    example = MaskedLM(probability=0.9).example(only_special, VOCABULARY, KEY)
-    assert (example["labels"] == IGNORE).all()
-    np.testing.assert_array_equal(example["tokens"], only_special)
+    made = example(MaskedLM(probability=0.9), only_special)
+    assert (made["labels"] == IGNORE).all()
+    np.testing.assert_array_equal(made["tokens"], only_special)
 
 
 def test_mlm_every_token_that_is_not_special_can_be_a_target():
-    labels = MaskedLM().example(text(20_000), VOCABULARY, KEY)["labels"]
+    labels = example(MaskedLM(), text(20_000))["labels"]
     expected = set(range(VOCABULARY.size)) - set(SPECIAL)  # token 0 among them
     assert set(labels[labels != IGNORE].tolist()) == expected
 
@@ -149,8 +157,8 @@ def test_mlm_every_token_that_is_not_special_can_be_a_target():
 def test_mlm_random_tokens_cover_the_whole_vocabulary_evenly():
     tokens = text(60_000, special=False)
     objective = MaskedLM(probability=0.9, masked=0.0, random=1.0)
-    example = objective.example(tokens, VOCABULARY, KEY)
-    drawn = example["tokens"][example["labels"] != IGNORE]
+    made = example(objective, tokens)
+    drawn = made["tokens"][made["labels"] != IGNORE]
     counts = np.bincount(drawn, minlength=VOCABULARY.size)
     assert counts.size == VOCABULARY.size  # none beyond it
     for count in counts:
@@ -167,7 +175,7 @@ def test_mlm_takes_a_mask_token_with_id_0():
     vocabulary = Vocabulary(size=61, special_ids=(0,), mask_id=0)
     MaskedLM().check(vocabulary)
     tokens = np.full(200, 7, np.int32)
-    hidden = MaskedLM().example(tokens, vocabulary, KEY)["tokens"]
+    hidden = example(MaskedLM(), tokens, vocabulary=vocabulary)["tokens"]
     assert (hidden == 0).any()
 
 
