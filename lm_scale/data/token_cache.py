@@ -22,9 +22,9 @@ BYTES = 256 << 20  # of windows, for each store; those used last stay
 class TokenCache:
     """Spans of a store's tokens. Safe to share among threads; pickles by its store."""
 
-    def __init__(self, store: TokenStore, *, window: int = WINDOW, size: int = BYTES):
-        """window: tokens read at once; size: bytes of them that stay in memory."""
-        self.store, self._window, self._bytes = store, window, size
+    def __init__(self, store: TokenStore, *, window: int = WINDOW):
+        """window: tokens that are read at one time."""
+        self.store, self._window = store, window
         self._windows: OrderedDict[int, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -85,7 +85,7 @@ class TokenCache:
         return found
 
     def _shrink(self) -> None:
-        most = max(1, self._bytes // (self._window * self._dtype.itemsize))
+        most = BYTES // (self._window * self._dtype.itemsize)
         while len(self._windows) > most:
             self._windows.popitem(last=False)
 
