@@ -6,9 +6,18 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lm_scale.errors import InputError
-from lm_scale.objectives import IGNORE, CausalLM, MaskedLM, NoiseKeys, Vocabulary
+from lm_scale.objectives import (
+    IGNORE,
+    NOWHERE,
+    CausalLM,
+    MaskedLM,
+    NoiseKeys,
+    Vocabulary,
+)
 
 SPECIAL = (1, 2, 3, 4)
 MASK = 4
@@ -195,3 +204,98 @@ def test_mlm_bad_probabilities_are_refused(fields):
     name, value = list(fields.items())[-1]
     with pytest.raises(InputError, match=f"{name} = {value}"):
         MaskedLM(**fields)
+
+
+# --- Any rows of any lengths ----------------------------------------------------------
+
+few = settings(derandomize=True, max_examples=40, deadline=None, database=None)
+
+
+@st.composite
+def batches(draw):
+    """Rows with padding and special tokens, an objective, and keys."""
+    rows, width = draw(st.integers(1, 6)), draw(st.integers(1, 70))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    tokens = rng.integers(0, VOCABULARY.size, (rows, width)).astype(np.int32)
+    lengths = rng.integers(0, width + 1, rows)
+    segments = (np.arange(width) < lengths[:, None]).astype(np.int32)
+    objective = MaskedLM(
+        probability=draw(st.sampled_from([0.01, 0.15, 0.5, 0.99])),
+        fixed_count=draw(st.booleans()),
+    )
+    seed = draw(st.integers(0, 2**63 - 1))
+    keys = NoiseKeys(seed, rng.integers(0, 9, rows), rng.integers(0, 2**40, rows))
+    return tokens, segments, objective, keys
+
+
+@few
+@given(batches())
+def test_what_holds_for_any_row(batch):
+    tokens, segments, objective, keys = batch
+    made = objective.examples(tokens, VOCABULARY, keys, segments)
+    chosen = made["labels"] != IGNORE
+    can_be = (segments > 0) & ~np.isin(tokens, SPECIAL)
+    assert not (chosen & ~can_be).any()
+    np.testing.assert_array_equal(made["labels"][chosen], tokens[chosen])
+    np.testing.assert_array_equal(made["tokens"][~chosen], tokens[~chosen])
+    assert (made["tokens"] >= 0).all() and (made["tokens"] < VOCABULARY.size).all()
+    if objective.fixed_count:
+        count, share = can_be.sum(axis=1), objective.probability
+        wanted = np.maximum(np.round(share * count), np.minimum(count, 1))
+        np.testing.assert_array_equal(chosen.sum(axis=1), wanted)
+        most = max(1, round(share * tokens.shape[1]))
+        assert made["masked_positions"].shape == (len(tokens), most)
+        for row, places in zip(chosen, made["masked_positions"], strict=True):
+            at = np.flatnonzero(row).tolist()
+            assert places.tolist() == at + [NOWHERE] * (most - len(at))
+
+
+@few
+@given(batches(), st.integers(0, 40))
+def test_a_row_is_the_same_beside_any_others_and_before_any_padding(batch, more):
+    tokens, segments, objective, keys = batch
+    whole = objective.examples(tokens, VOCABULARY, keys, segments)
+    for row in range(len(tokens)):
+        one = NoiseKeys(keys.seed, keys.epochs[[row]], keys.numbers[[row]])
+        pad = ((0, 0), (0, more))
+        alone = objective.examples(
+            np.pad(tokens[[row]], pad), VOCABULARY, one, np.pad(segments[[row]], pad)
+        )
+        for name in ("tokens", "labels"):
+            found = alone[name][0, : tokens.shape[1]]
+            np.testing.assert_array_equal(found, whole[name][row])
+
+
+def test_each_place_is_chosen_as_often_by_a_fixed_count():
+    """5 of 32 places, in 4000 rows: every place, and pairs of places no more often."""
+    rows = np.full((4000, 32), 9, np.int32)
+    keys = NoiseKeys(1, np.zeros(4000, np.int64), np.arange(4000))
+    labels = MaskedLM(fixed_count=True).examples(rows, VOCABULARY, keys)["labels"]
+    chosen = labels != IGNORE
+    assert (chosen.sum(axis=1) == 5).all()
+    for count in chosen.sum(axis=0):
+        assert within_four_sigma(count, 4000, 5 / 32)
+    for shift in (1, 2, 16):
+        pairs = np.sum(chosen & np.roll(chosen, shift, axis=1))
+        assert within_four_sigma(pairs, chosen.size, 5 / 32 * 4 / 31)
+
+
+def test_a_fixed_count_has_the_same_fates():
+    """80 % masked, 10 % any token, 10 % as they are."""
+    rows = np.full((400, 512), 9, np.int32)
+    keys = NoiseKeys(1, np.zeros(400, np.int64), np.arange(400))
+    made = MaskedLM(fixed_count=True).examples(rows, VOCABULARY, keys)
+    hidden = made["tokens"][made["labels"] != IGNORE]
+    assert hidden.size == 400 * 77  # 76.8, rounded
+    size = VOCABULARY.size
+    assert within_four_sigma(np.sum(hidden == MASK), hidden.size, 0.8 + 0.1 / size)
+    assert within_four_sigma(np.sum(hidden == 9), hidden.size, 0.1 + 0.1 / size)
+
+
+def test_clm_labels_stop_at_the_end_of_a_segment():
+    tokens = np.arange(10, 18, dtype=np.int32)[None]
+    segments = np.array([[1, 1, 2, 3, 3, 3, 0, 0]], np.int32)
+    keys = NoiseKeys(0, np.zeros(1, np.int64), np.zeros(1, np.int64))
+    labels = CausalLM().examples(tokens, VOCABULARY, keys, segments)["labels"]
+    none = IGNORE
+    assert labels.tolist() == [[11, none, none, 14, 15, none, none, none]]
