@@ -89,7 +89,8 @@ class MaskedLM:
     so many is equally likely. The examples then have `masked_positions` besides: the
     chosen places in ascending order, then -1, in a row of `round(probability * T)`
     whatever is chosen. So the model's head works at these places alone, a share
-    `probability` of its FLOPs and memory, and the loss is the same.
+    `probability` of its FLOPs and memory, and the loss is the same. (`mfu` counts the
+    head at every place all the same, and so comes out too high.)
     """
 
     probability: float = 0.15  # that a token which is not special has to be predicted
