@@ -39,9 +39,11 @@ class DataConfig:
     corpus: CorpusConfig = CorpusConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     separator: bool = True  # an end-of-text token after each document
-    # An example is a block of seq_len tokens, cut from all documents one after the
-    # other, or a single document, cut to seq_len and padded.
-    examples: Literal["blocks", "documents"] = "blocks"
+    # An example is a row of seq_len tokens. blocks: cut from all documents one after
+    # the other. segmented: the same, but tokens see those of their own document only.
+    # packed: whole documents that do not see each other, as many as fit, longer ones
+    # in pieces (best-fit packing). documents: one, cut to seq_len and padded.
+    examples: Literal["blocks", "segmented", "packed", "documents"] = "blocks"
     pad_to_seq_len: bool = False  # documents; False: to the longest of their batch
     max_train_examples: int | None = None  # use so many, from the first on
     max_eval_examples: int | None = None
@@ -208,7 +210,7 @@ class RunConfig:
 
     def choose_attention(self, mesh: Mesh) -> tuple[Kernel, str]:
         """What computes attention on this mesh, and why; InputError if it cannot."""
-        segments = self.data.examples == "documents"
+        segments = self.data.examples != "blocks"
         return choose_attention(
             self.compute, self.model, mesh, length=self.seq_len,
             causal=family_of(self.model).causal, segments=segments,

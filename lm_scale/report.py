@@ -62,6 +62,8 @@ def describe(
     texts = f"sequences of {config.seq_len}"
     if config.data.examples == "documents":
         texts = f"documents of {batches.source.mean_length:.1f} on average"
+    if config.data.examples == "packed":
+        texts += f", {batches.source.mean_length / config.seq_len:.1%} of them tokens"
     _, attention = config.choose_attention(mesh)
     shape = " ".join(sizes) or "1"
     say(

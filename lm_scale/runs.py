@@ -20,8 +20,9 @@ from lm_scale.config import RunConfig
 from lm_scale.connect import check_devices, open_connections
 from lm_scale.console import say
 from lm_scale.data.corpus import Part, documents
-from lm_scale.data.examples import Blocks, Documents, Source
+from lm_scale.data.examples import Blocks, Documents, Pieces, Source
 from lm_scale.data.loader import EvalBatches, TrainBatches
+from lm_scale.data.packing import open_plan
 from lm_scale.data.prepare import Most, prepare
 from lm_scale.data.recipe import train_shown
 from lm_scale.data.store import TokenStore
@@ -204,6 +205,10 @@ def open_source(config: RunConfig, tokenizer, mesh: Mesh, part: Part) -> Source:
     store, data = TokenStore.open(Path(config.store_dir) / part), config.data
     if data.examples == "blocks":
         return Blocks(store, config.seq_len, most=max_examples(config, part))
+    if data.examples != "documents":
+        folder = Path(config.store_dir) / "plans" / part
+        plan = open_plan(store, data.examples, config.seq_len, folder)
+        return Pieces(store, config.seq_len, plan, most=max_examples(config, part))
     return Documents(
         store, config.seq_len, most=max_examples(config, part),
         special_ids=vocabulary_of(tokenizer).special_ids,

@@ -21,16 +21,20 @@ from lm_scale.models import Model, family_of
 from lm_scale.models.compute import Compute
 from lm_scale.models.layout import gather, shared, summed
 from lm_scale.models.ring import zigzag_order
+from lm_scale.objectives import NOWHERE
 from lm_scale.optim import MatrixAxes
 from lm_scale.sharding import (
     Params,
+    Rules,
     init_params,
     map_declarations,
     shards,
     state_axes,
 )
 
-Batch = dict[str, Int[Array, "B T"]]  # "tokens", "labels" and perhaps "segments"
+# "tokens" and "labels"; perhaps "segments" and "positions", all [B T]; perhaps
+# "masked_positions" [B M], the only places that have labels.
+Batch = dict[str, Int[Array, "B *"]]
 Metrics = dict[str, Float[Array, ""]]
 
 
@@ -278,26 +282,35 @@ def apply(
 ):
     """Hidden states, the head that makes logits of them, and the labels, in one order.
 
-    The head's weights are gathered here, once for all chunks of the loss.
+    Of all places, or of `masked_positions` if the batch has them. The head's weights
+    are gathered here, once for all chunks of the loss.
     """
     model = nnx.merge(graphdef, params)
     batch, positions = lay_out(model, batch)
     hidden = model(
         batch["tokens"], positions=positions, segments=batch.get("segments"), key=key
     )
+    labels = batch["labels"]
+    if "masked_positions" in batch:
+        hidden, labels = pick(
+            hidden, labels, batch["masked_positions"], model.compute.rules
+        )
     whole = gather_head(params, model.compute)
-    return hidden, nnx.merge(graphdef, whole).head, batch["labels"]
+    return hidden, nnx.merge(graphdef, whole).head, labels
 
 
-def lay_out(model: Model, batch: Batch) -> tuple[Batch, Int[Array, "T"] | None]:
+def lay_out(
+    model: Model, batch: Batch
+) -> tuple[Batch, Int[Array, "T"] | Int[Array, "B T"] | None]:
     """The rows in the order that attention wants, and their tokens' positions in them.
 
-    None: in order. Causal ring attention wants `zigzag_order`, which gives the devices
-    that share a row equal work; only the tokens' numbers are exchanged for it.
+    They are the batch's own, if it has any. None: in order. Causal ring attention
+    wants `zigzag_order`, which gives the devices that share a row equal work; only the
+    tokens' numbers are exchanged for it.
     """
     compute = model.compute
     if compute.attention != "ring" or not family_of(model.config).causal:
-        return batch, None
+        return batch, batch.get("positions")
     parts = shards(compute.rules, jax.sharding.get_abstract_mesh(), "seq")
     order = zigzag_order(batch["tokens"].shape[1], parts)
 
@@ -305,8 +318,38 @@ def lay_out(model: Model, batch: Batch) -> tuple[Batch, Int[Array, "T"] | None]:
         whole = jax.reshard(x, compute.rules.spec("batch", None))
         return jax.reshard(whole[:, order], compute.rules.spec("batch", "seq"))
 
+    batch = jax.tree.map(reordered, batch)
     positions = jax.reshard(jnp.asarray(order), compute.rules.spec("seq"))
-    return jax.tree.map(reordered, batch), positions
+    return batch, batch.get("positions", positions)
+
+
+def pick(
+    hidden: Float[Array, "B T D"],
+    labels: Int[Array, "B T"],
+    places: Int[Array, "B M"],
+    rules: Rules,
+) -> tuple[Float[Array, "B N D"], Int[Array, "B N"]]:
+    """Hidden states and labels at these places of each row; N: M, rounded up.
+
+    To a multiple of the parts that the mesh cuts a sequence into, and each part gets
+    as many. A place below 0 is none, and has no label.
+    """
+    parts = shards(rules, jax.sharding.get_abstract_mesh(), "seq")
+    places = jax.reshard(places, rules.spec("batch", None))
+    missing = -places.shape[1] % parts
+    places = jnp.pad(places, ((0, 0), (0, missing)), constant_values=NOWHERE)
+    row = jnp.arange(labels.shape[1])
+    # A product with zeros and ones, not a lookup: it sums over the parts of a row what
+    # each has of it, and its gradient goes back to them. T / V of the head's work.
+    chosen = places[:, :, None] == row
+    mixed = jnp.einsum(
+        "BNT,BTD->BND", chosen.astype(hidden.dtype), hidden,
+        out_sharding=rules.spec("batch", "seq", "act_embed"),
+    )  # fmt: skip
+    whole = jax.reshard(labels, rules.spec("batch", None))
+    found = jnp.sum(jnp.where(chosen, whole[:, None, :], 0), axis=-1)
+    found = jnp.where(places >= 0, found, IGNORE)
+    return mixed, jax.reshard(found, rules.spec("batch", "seq"))
 
 
 def split_batch(x: Int[Array, "B T"], parts: int) -> Int[Array, "parts rows T"]:

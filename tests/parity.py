@@ -66,7 +66,7 @@ def random_inputs(vocab, shape, seed, *, pads=(), pad_id=0, **more) -> Inputs:
     return Inputs(tokens, labels, **more)
 
 
-def starts_at(starts, shape, first: int = 0) -> dict[str, np.ndarray]:
+def starts_at(starts, shape) -> dict[str, np.ndarray]:
     """Segments 1, 2 ... of a row, split at its `starts`; positions restart at each."""
     begins = np.zeros(shape, np.int32)
     for row, columns in enumerate(starts):
@@ -75,7 +75,7 @@ def starts_at(starts, shape, first: int = 0) -> dict[str, np.ndarray]:
     start = np.maximum.accumulate(begins * columns, axis=1)
     return {
         "segments": np.cumsum(begins, axis=1, dtype=np.int32),
-        "positions": columns - start + np.int32(first),
+        "positions": columns - start,
     }
 
 
@@ -117,7 +117,7 @@ CASES: dict[str, tuple[ModelConfig, Inputs]] = {
         RobertaConfig(
             vocab=23, positions=7, layers=1, embed=8, heads=1, mlp=10, pad_id=0
         ),
-        random_inputs(23, (2, 7), seed=5, **starts_at([[3], [5]], (2, 7), first=1)),
+        random_inputs(23, (2, 7), seed=5, **starts_at([[3], [5]], (2, 7))),
     ),
     # Grouped queries, an output of its own, Llama 3.1's frequencies.
     "llama": (
@@ -244,7 +244,8 @@ def theirs(config: ModelConfig, inputs: Inputs, tensors: hf.Tensors) -> Result:
             module.padding_idx = None
     given = {"input_ids": inputs.tokens, "labels": inputs.labels}
     if inputs.positions is not None:
-        given["position_ids"] = inputs.positions
+        first = getattr(config, "pad_id", -1) + 1  # RoBERTa's table begins there
+        given["position_ids"] = inputs.positions + np.int32(first)
     given = {name: torch.from_numpy(x).long() for name, x in given.items()}
     if inputs.segments is not None:
         mask = torch.from_numpy(attention_mask(config, inputs.segments))

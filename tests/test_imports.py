@@ -23,7 +23,8 @@ ORDER = (
     ("models.layout", "data.python_docs", "data.folders", "data.reading"),
     ("data.sources",),
     ("data.corpus", "data.store", "data.tokenizer"),
-    ("losses", "models.layers", "models.scan", "data.windows"),
+    ("losses", "models.layers", "models.scan", "data.windows", "data.order"),
+    ("data.packing", "data.token_cache"),
     ("data.examples", "guard", "hub", "models.kernels", "models.ring"),
     ("data.*", "models.attention", "models.rotary"),
     ("models.*",),  # the families, which do not know one another

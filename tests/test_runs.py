@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from tiny import masked_run
 
-from lm_scale.data.examples import Blocks, Documents
+from lm_scale.data.examples import Blocks, Documents, Pieces
 from lm_scale.data.prepare import Most
 from lm_scale.data.store import read_manifest
 from lm_scale.models import Compute
@@ -63,6 +63,17 @@ def test_kinds_of_examples_and_their_limits(prepared):
         lines, data=dataclasses.replace(data, pad_to_seq_len=True)
     )
     assert open_source(full, tokenizer, mesh, "train").fixed_width == config.seq_len
+
+
+@pytest.mark.parametrize("kind", ["segmented", "packed"])
+def test_planned_rows_are_kept_beside_the_store(prepared, kind):
+    config, tokenizer = prepared
+    data = dataclasses.replace(config.data, examples=kind, max_train_examples=7)
+    planned = dataclasses.replace(config, data=data)
+    source = open_source(planned, tokenizer, make_mesh(MeshShape()), "train")
+    assert isinstance(source, Pieces) and len(source) == 7
+    plans = [path.name for path in (Path(config.store_dir) / "plans/train").iterdir()]
+    assert any(name.startswith(f"{kind}-{config.seq_len}-") for name in plans)
 
 
 def test_limits_stop_the_tokenizing(tmp_path):

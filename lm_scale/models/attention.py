@@ -44,9 +44,20 @@ class Mask:
     segments: Int[Array, "B T"] | None = None  # of the queries; None: all are of one
     key_segments: Int[Array, "B S"] | None = None  # None: those of the queries
     # Of the queries, their places in the row; None: 0, 1, 2 ... Where they restart with
-    # each document, `segments` must keep the documents apart.
+    # each document, [B T], `segments` must keep the documents apart: of two tokens of
+    # one document they then say the same as places in the row.
     positions: Int[Array, "T"] | Int[Array, "B T"] | None = None
     key_positions: Int[Array, "S"] | Int[Array, "B S"] | None = None  # None: as above
+
+    @property
+    def is_in_order(self) -> bool:
+        """If the queries' places in the row say as much as `positions` do.
+
+        Positions of each row for itself are those that restart with its segments.
+        """
+        if self.positions is None:
+            return True
+        return self.positions.ndim == 2 and self.segments is not None
 
     def matrix(self, queries: int, rules: Rules) -> Bool[Array, "#B 1 T S"] | None:
         """True where each of so many queries may look; None: everywhere."""
@@ -102,7 +113,7 @@ def attention(
     """
     uncut = shards(rules, jax.sharding.get_abstract_mesh(), "seq") == 1
     of_row = mask.key_positions is None  # the keys are those of the queries
-    in_order = of_row and mask.positions is None
+    in_order = of_row and mask.is_in_order
     both_ways = mask.window is not None and not mask.causal
     how: Any = {"causal": mask.causal, "window": mask.window, "rules": rules}
     if key is not None and dropout_rate > 0.0:

@@ -224,8 +224,8 @@ class Roberta(nnx.Module):
         """Final hidden states; `head` makes logits of them.
 
         `segments` numbers the documents of a row (padding apart): attention stays
-        inside each. `positions` default to transformers' rule: tokens that are not
-        padding are counted from pad_id + 1 on. `key` switches dropout on.
+        inside each. `positions` are counted from 0; by default, which is transformers'
+        rule, only tokens that are not padding count. `key` switches dropout on.
         """
         embed_key, blocks_key = split_key(key, 2)
         x = self.embed_tokens(tokens, positions)
@@ -243,10 +243,11 @@ class Roberta(nnx.Module):
         if positions is None:
             whole_seq = self.compute.rules.spec("batch", None)
             real = (jax.reshard(tokens, whole_seq) != pad_id).astype(jnp.int32)
-            positions = jnp.cumsum(real, axis=1) * real + pad_id
+            positions = jnp.cumsum(real, axis=1) * real - 1
         x = embed(self.tokens, tokens, self.compute)
         token_type = spread(gather(self.types[...], self.compute)[0], x)
-        return x + token_type + embed(self.positions, positions, self.compute)
+        places = positions + (pad_id + 1)  # where the table begins
+        return x + token_type + embed(self.positions, places, self.compute)
 
     def head(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits of the token that stood at each position, f32."""
