@@ -17,6 +17,7 @@ from rich.console import Console
 from lm_scale.console import say
 from lm_scale.data.corpus import CorpusConfig, Part, open_text
 from lm_scale.data.encoding import Encoders, Spec
+from lm_scale.data.places import remove
 from lm_scale.data.ranks import Rank
 from lm_scale.data.store import Manifest, read_manifest, token_type
 from lm_scale.data.tokenizer import tokenizer_hash, vocabulary_size
@@ -89,6 +90,7 @@ def prepare(
         if manifest is not None:
             _check_same(path, manifest, facts | {"source": source})
             manifests[part] = manifest
+            remove(f"{path}/work")  # if who completed it was killed right then
             say(console, f"{part}: kept {path}: {_summary(manifest)}")
             continue
         _check_free(path)

@@ -60,8 +60,8 @@ def verify(path: str | Path, console: Console) -> bool:
     say(
         console,
         f"{path}: {len(damaged)} of {len(manifest.parts)} parts are damaged. Put whole "
-        f"copies there; or delete {MANIFEST} and these parts' folders and run `prepare` "
-        "again: of the same text it makes just these anew.",
+        f"copies there; or delete {MANIFEST} and the folders of these parts and run "
+        "`prepare` again: of the same text it makes just these anew.",
     )
     return False
 
