@@ -42,6 +42,7 @@ usage: lm-scale COMMAND ...
                                         choose by train CONFIG --rules NAME|FILE
   config NAME --out FOLDER [key=value ...]          write a model's config.json
   prepare CONFIG [--field value ...]    make the run's tokenizer and token stores
+  prepare --verify CONFIG|STORE         read stores against their checksums
   eval RUN_DIR                          loss on the held-out split
   generate RUN_DIR [--prompt ...]       continue a text, or fill in its masks
   export RUN_DIR [--out FOLDER]         write a Hugging Face model
@@ -228,20 +229,80 @@ def tokenizer(argv: list[str]) -> int:
     return 0
 
 
+PREPARE_HELP = """\
+Makes the tokenizer and the token stores of a config file's run. It may be killed: the
+same command again goes on from the parts that are finished.
+
+  --rank I --world N   does every N-th unit of the corpus, from the I-th on (0 to N-1).
+                       Who makes the last one completes the store; rank 0 makes the
+                       tokenizer. Tasks of a Slurm array, pods of an indexed Kubernetes
+                       Job (with --world) and processes of jax.distributed know their
+                       rank; --world 1: do it all.
+  --verify             reads the stores of the config, or the store at a path, against
+                       their checksums; exit status 1 if something is damaged"""
+
+
 def prepare(argv: list[str]) -> int:
-    about = "Makes the tokenizer and the token stores of a config file's run."
-    config = config_from("prepare", about, argv)
+    flags, argv = prepare_flags(argv)
+    if "verify" in flags:
+        return verify_stores(argv)
+    config = config_from("prepare", PREPARE_HELP, argv)
     if config is None:
         return 0
     from rich.console import Console
 
-    from lm_scale.distributed import agree
+    from lm_scale import distributed
+    from lm_scale.data.ranks import find_rank
     from lm_scale.run_json import settings
-    from lm_scale.runs import prepare_data
+    from lm_scale.runs import prepare_share
 
-    agree(settings(config))
-    prepare_data(config, Console())
+    distributed.agree(settings(config))
+    rank = find_rank(
+        flags.get("rank"), flags.get("world"), os.environ,
+        process=distributed.index(), processes=distributed.count(),
+    )  # fmt: skip
+    if rank.told_by and distributed.index() == 0:
+        print(f"rank {rank.index} of {rank.world}, told by {rank.told_by}")
+    prepare_share(config, Console(), rank)
     return 0
+
+
+def prepare_flags(argv: list[str]) -> tuple[dict[str, int], list[str]]:
+    """The flags of `prepare` itself, as numbers, and the arguments without them."""
+    flags: dict[str, int] = {}
+    rest: list[str] = []
+    arguments = iter(argv)
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if argument == "--verify":
+            flags["verify"] = 1
+        elif name in ("--rank", "--world"):
+            given = value if equals else next(arguments, "")
+            if not given.isdecimal():
+                raise InputError(f"{name} {given!r}: expected a number from 0 on.")
+            flags[name.removeprefix("--")] = int(given)
+        else:
+            rest.append(argument)
+    return flags, rest
+
+
+def verify_stores(argv: list[str]) -> int:
+    """`prepare --verify`; 1 if a store is damaged."""
+    if argv and argv[0].endswith(".py"):
+        config = config_from("prepare --verify", PREPARE_HELP, argv)
+        where = None if config is None else config.store_dir
+    elif len(argv) == 1 and not argv[0].startswith("-"):
+        where = argv[0]
+    else:
+        raise InputError("--verify: expected a config file or the path of a store.")
+    if where is None:
+        return 0
+    from rich.console import Console
+
+    from lm_scale.data.verify import stores_at, verify
+
+    console = Console()
+    return 0 if all([verify(path, console) for path in stores_at(where)]) else 1
 
 
 def launch(argv: list[str]) -> int:

@@ -24,6 +24,7 @@ from lm_scale.data.examples import Blocks, Documents, Pieces, Source
 from lm_scale.data.loader import EvalBatches, TrainBatches
 from lm_scale.data.packing import open_plan
 from lm_scale.data.prepare import Most, prepare
+from lm_scale.data.ranks import Rank
 from lm_scale.data.recipe import train_shown
 from lm_scale.data.store import TokenStore
 from lm_scale.data.tokenizer import (
@@ -31,6 +32,7 @@ from lm_scale.data.tokenizer import (
     tokenizer_hash,
     vocabulary_size,
 )
+from lm_scale.data.waiting import wait_for
 from lm_scale.errors import InputError, differences, flatten
 from lm_scale.evaluate import evaluate
 from lm_scale.generate import check_prompt
@@ -51,11 +53,16 @@ PAD_MULTIPLE = 16  # tokens; widths of padded batches, that few programs are com
 RECIPE = ("corpus", "tokenizer")  # the fields of DataConfig that make a tokenizer
 
 
-def prepare_tokenizer(config: RunConfig, console: Console):
+def prepare_tokenizer(config: RunConfig, console: Console, *, makes: bool = True):
     """The tokenizer of the run: the one in the store, the one named, or a new one.
 
-    Raises InputError if the store's tokens were made with another one.
+    makes: False waits for rank 0 to put it into the store.
+    Raises InputError if the store's tokens were made with another one, StorageError if
+    rank 0 does not come.
     """
+    if not makes:
+        folder = f"{config.store_dir}/tokenizer"
+        wait_for(folder, ["recipe.json"], "the tokenizer", console)
     store, settings = Path(config.store_dir), config.data.tokenizer
     folder, note = store / "tokenizer", store / "tokenizer" / "recipe.json"
     try:
@@ -85,6 +92,11 @@ def prepare_tokenizer(config: RunConfig, console: Console):
         raise InputError(
             f"The tokens in {store} were made otherwise: {'; '.join(found)}. "
             f"Choose another `data.store`, or delete {store}."
+        )
+    if not makes:
+        raise InputError(
+            f"The tokenizer in {folder} was made otherwise, and rank 0 has not yet "
+            "made it anew. Start this rank again once it has."
         )
     if tokenizer is None:
         texts = documents(
@@ -120,9 +132,31 @@ def prepare_data(
     return load_tokenizer(distributed.see(store / "tokenizer" / "recipe.json").parent)
 
 
-def make_data(config: RunConfig, console: Console, parts: Sequence[Part]):
-    """`prepare_data`, by the process that does it."""
-    tokenizer = prepare_tokenizer(config, console)
+def prepare_share(config: RunConfig, console: Console, rank: Rank) -> None:
+    """A rank's share of `prepare_data`; whoever makes the last part completes it.
+
+    Processes that jax.distributed has connected go on together when all is complete;
+    other ranks end each for itself. Rank 0 makes the tokenizer, the others wait for it.
+    """
+    together = distributed.count() > 1
+    if together and distributed.index() > 0:
+        console = Console(quiet=True)
+    parts: tuple[Part, ...] = ("train", "validation")
+    make_data(config, console, parts, rank)
+    if together:
+        distributed.everyone(True)
+        if distributed.index() == 0:
+            # It may not have seen the parts of others that are on a network's disk.
+            make_data(config, Console(quiet=True), parts, Rank())
+        distributed.from_first("made")
+
+
+def make_data(
+    config: RunConfig, console: Console, parts: Sequence[Part], rank: Rank | None = None
+):
+    """`prepare_data`, by the process that does it, or a rank's share of it."""
+    makes = rank is None or rank.index == 0
+    tokenizer = prepare_tokenizer(config, console, makes=makes)
     size = vocabulary_size(tokenizer)
     if size > config.model.vocab:
         raise InputError(
@@ -147,7 +181,7 @@ def make_data(config: RunConfig, console: Console, parts: Sequence[Part]):
     prepare(
         config.data.corpus, tokenizer, config.store_dir, parts=limits,
         separator=config.data.separator, cache_dir=config.data.cache_dir,
-        workers=config.data.workers, console=console,
+        workers=config.data.workers, rank=rank, console=console,
     )  # fmt: skip
     return tokenizer
 

@@ -9,18 +9,19 @@ import hashlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lm_scale.data.python_docs import python_docs
-from lm_scale.data.reading import Reading, reason
-from lm_scale.data.sources import Rows, open_rows
+from lm_scale.data.reading import Reading, first_invalid, reason
+from lm_scale.data.sources import Rows, open_rows, split_files
+from lm_scale.data.units import Unit, column_of, cut, first_row, is_arrow, values
 from lm_scale.errors import InputError
 
 Part = Literal["train", "validation"]
 SampleBy = Literal["line", "paragraph", "document"]
 Holdout = Literal["hash", "first"]
-
-_BATCH = 1000  # rows taken from Arrow at once
+InvalidUTF8 = Literal["refuse", "replace"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,10 @@ class CorpusConfig:
     # Which documents: "hash", chosen by a hash of their text; "first", the first rows,
     # as the slice train[:5%] of `datasets` takes them.
     holdout: Holdout = "hash"
+    # Of documents with the same text in a part only the first is kept, by `prepare`.
+    drop_duplicates: bool = False
+    # Bytes of txt, csv and json that are no UTF-8: an error, or U+FFFD for each.
+    invalid_utf8: InvalidUTF8 = "refuse"
     # False: the files are read into an Arrow cache on disk first, then memory mapped.
     streaming: bool = True
 
@@ -57,7 +62,11 @@ class CorpusConfig:
             raise InputError(
                 f"max_documents is {self.max_documents}; expected a number above 0."
             )
-        for name, choices in (("sample_by", SampleBy), ("holdout", Holdout)):
+        for name, choices in (
+            ("sample_by", SampleBy),
+            ("holdout", Holdout),
+            ("invalid_utf8", InvalidUTF8),
+        ):
             value = getattr(self, name)
             if value not in get_args(choices):
                 raise InputError(
@@ -85,8 +94,8 @@ def documents(
     dataset or folder that has one, else the share of the documents that `holdout`
     chooses: by a hash of their text, so that equal documents never straddle the two
     parts, or the first rows, dropped ones counted. Empty documents are dropped, and
-    without `keep_blank` those of white space only. Memory does not grow with the
-    corpus.
+    without `keep_blank` those of white space only. Duplicates are not: that is done
+    by `prepare`. Memory does not grow with the corpus.
 
     cache_dir: where downloads and Arrow files go (None: Hugging Face's default).
     workers: processes that read files into Arrow, if not streaming (None: this one).
@@ -96,6 +105,95 @@ def documents(
       InputError: at the call for a source that is missing, unreadable or empty; while
         iterating for a row that cannot be read.
     """
+    text = open_text(config, part, cache_dir=cache_dir, workers=workers)
+    found = (
+        document
+        for unit in text.units
+        for _, document in text.read(unit)
+        if document is not None
+    )
+    first = list(itertools.islice(found, 1))  # errors surface here, not hours later
+    if not first and text.units:
+        text.check_any()
+    return itertools.chain(first, found)
+
+
+@dataclass(frozen=True)
+class Text:
+    """One part of a corpus, open: its units, and how a unit is read."""
+
+    source: str
+    config: CorpusConfig
+    units: list[Unit]
+    column: str | None = None  # that holds the text; None: there is no row
+    held_out: bool | None = None  # keep what the hash holds out, or the rest; None: all
+    others: bool = False  # further rows, of the other part, are in no unit
+
+    def read(self, unit: Unit, start: int = 0) -> Iterator[tuple[int, str | None]]:
+        """The unit's documents from row `start` on, each with the number of its row.
+
+        None stands for a row without text. Rows of the other part are left out.
+
+        Raises:
+          InputError: a row cannot be read or holds no string.
+        """
+        share, stop = self.config.validation_fraction, self.config.max_documents
+        blank, held_out = self.config.keep_blank, self.held_out
+        if self.column is None:
+            return
+        try:
+            runs = values(unit.rows, self.source, self.column, start, stop)
+            for first, run in runs:
+                for row, text in enumerate(run, first):
+                    if not isinstance(text, str):
+                        self._check_null(text)
+                        yield row, None
+                    elif not text or (not blank and text.isspace()):
+                        yield row, None
+                    elif held_out is None or _held_out(text, share) == held_out:
+                        yield row, text
+        except InputError:
+            raise
+        except (OSError, ValueError) as error:  # bad bytes, broken json, a lost line
+            raise self._unreadable(unit, error) from error
+
+    def check_any(self) -> None:
+        """InputError if the source has no text at all, of this part or another."""
+        if self.others:
+            return  # the other part has them
+        everything = Text(self.source, self.config, self.units, self.column)
+        for unit in self.units:
+            if any(text is not None for _, text in everything.read(unit)):
+                return
+        raise InputError(f"the corpus {self.source} holds no text; give one that does.")
+
+    def _check_null(self, value: Any) -> None:
+        if value is not None:
+            raise InputError(
+                f"column {self.column!r} of {self.source} holds {value!r:.40} where a "
+                "string was expected; name a column of text by text_column."
+            )
+
+    def _unreadable(self, unit: Unit, error: Exception) -> InputError:
+        where = first_invalid(unit.files) if "codec can't decode" in str(error) else ""
+        return InputError(f"cannot read {self.source}: {reason(error)}{where}")
+
+
+def open_text(
+    config: CorpusConfig,
+    part: Part,
+    *,
+    cache_dir: str | None = None,
+    workers: int | None = None,
+    whole: bool = False,
+) -> Text:
+    """One part of the corpus, cut into units; see `documents`.
+
+    whole: in a single unit, as `max_documents` makes it, too.
+
+    Raises:
+      InputError: the source is missing or unreadable, or its first row is.
+    """
     validating = part == "validation"
     separate = config.validation_source is not None
     source = (config.validation_source if validating else None) or config.source
@@ -104,23 +202,23 @@ def documents(
         cache_dir=cache_dir,
         workers=workers,
         text={"sample_by": config.sample_by, "keep_linebreaks": config.keep_linebreaks},
+        replace=config.invalid_utf8 == "replace",
     )
-    rows, whole = _rows(config, source, validating, reading)
-    if config.max_documents is not None:
-        rows = _take(rows, config.max_documents)
-    texts = _texts(rows, source, config)
-    first = next(texts, None)  # errors surface here, not hours later
-    if first is None:
-        raise InputError(f"the corpus {source} holds no text; give one that does.")
-    texts = itertools.chain([first], texts)
-    if separate or whole:
-        return texts
-    share = config.validation_fraction
-    if validating and share == 0:
-        return iter(())  # without reading all of a large corpus to find none
-    if config.holdout == "first":
-        return _texts(_first(rows, share, validating), source, config)
-    return (text for text in texts if _held_out(text, share) == validating)
+    rows, complete = _rows(config, source, validating, reading)
+    share, held_out, others = config.validation_fraction, None, False
+    files = _files(config, source, validating)
+    most = config.max_documents
+    column = _column(rows, source, config, files)
+    if not (separate or complete):
+        if validating and share == 0:
+            return Text(source, config, [])  # not all of a large corpus to find none
+        if config.holdout == "hash":
+            held_out = validating
+        else:
+            rows = _first(_take(rows, most), share, validating)
+            others = validating
+    units = cut(rows, files, whole=whole or most is not None)
+    return Text(source, config, units, column, held_out, others)
 
 
 def _rows(
@@ -128,17 +226,47 @@ def _rows(
 ) -> tuple[Rows, bool]:
     """All rows of a source; True: they are the wanted part, so hold nothing out."""
     if source == "python-docs":
-        rows = ({"text": text} for text in python_docs())
-        return (list(rows) if config.holdout == "first" else rows), False
-    own = source == config.source  # subset and split are no names in another source
-    subset, split = (config.subset, config.split) if own else (None, "train")
+        builtin = _Builtin()
+        return (list(builtin) if config.holdout == "first" else builtin), False
+    subset, split = _names(config, source)
     return open_rows(source, subset, split, validating=validating, reading=reading)
 
 
-def _take(rows: Any, most: int) -> Rows:
-    if _is_arrow(rows):
-        return rows.select(range(min(most, len(rows))))
-    return rows[:most] if isinstance(rows, list) else itertools.islice(rows, most)
+def _files(config: CorpusConfig, source: str, validating: bool) -> list[Path]:
+    if source == "python-docs":
+        return []
+    return split_files(source, *_names(config, source), validating=validating)
+
+
+def _names(config: CorpusConfig, source: str) -> tuple[str | None, str]:
+    """Subset and split, which are no names in another source."""
+    own = source == config.source
+    return (config.subset, config.split) if own else (None, "train")
+
+
+class _Builtin:
+    """The rows of python-docs; they can be read more than once."""
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        return ({"text": text} for text in python_docs())
+
+
+def _column(
+    rows: Rows, source: str, config: CorpusConfig, files: list[Path]
+) -> str | None:
+    """The column of text, by the first row."""
+    try:
+        row = first_row(rows)
+    except (OSError, ValueError) as error:
+        unit = Unit("", rows, tuple(files))
+        raise Text(source, config, [])._unreadable(unit, error) from error
+    return None if row is None else column_of(row, source, config.text_column)
+
+
+def _take(rows: Any, most: int | None) -> Any:
+    if most is None:
+        return rows
+    return rows.select(range(min(most, len(rows)))) if is_arrow(rows) else rows[:most]
 
 
 def _held_out(text: str, share: float) -> bool:
@@ -151,61 +279,4 @@ def _first(rows: Any, share: float, validating: bool) -> Rows:
     percent = round(100 * share, 9)  # 100 * 0.07 is 7.000000000000001
     cut = round(percent * len(rows) / 100)
     kept = range(cut) if validating else range(cut, len(rows))
-    return rows.select(kept) if _is_arrow(rows) else [rows[i] for i in kept]
-
-
-def _is_arrow(rows: Any) -> bool:
-    return hasattr(rows, "select")  # a Dataset, whose class takes 2 s to import
-
-
-def _texts(rows: Rows, source: str, config: CorpusConfig) -> Iterator[str]:
-    """The column of text. A null is no document, and an empty string neither."""
-    values = _arrow_values if _is_arrow(rows) else _row_values
-    try:
-        for column, text in values(rows, source, config.text_column):
-            if isinstance(text, str):
-                if text and (config.keep_blank or not text.isspace()):
-                    yield text
-            elif text is not None:
-                raise InputError(
-                    f"column {column!r} of {source} holds {text!r:.40} where a string "
-                    "was expected; name a column of text by text_column."
-                )
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:  # bad bytes, broken json, a lost connection
-        raise InputError(f"cannot read {source}: {reason(error)}") from error
-
-
-def _row_values(
-    rows: Rows, source: str, wanted: str | None
-) -> Iterator[tuple[str | None, Any]]:
-    """The name and the value of the column, row by row."""
-    column = None
-    for row in rows:
-        if column not in row:  # the first row, or a file that is unlike the first
-            column = _column(row, source, column or wanted)
-        yield column, row[column]
-
-
-def _arrow_values(
-    rows: Any, source: str, wanted: str | None
-) -> Iterator[tuple[str | None, Any]]:
-    """The same, without making a dict of every row."""
-    if len(rows) == 0:
-        return
-    column = _column(rows[0], source, wanted)
-    for table in rows.select_columns(column).with_format("arrow").iter(_BATCH):
-        for value in table[column].to_pylist():
-            yield column, value
-
-
-def _column(row: dict[str, Any], source: str, wanted: str | None) -> str:
-    strings = [name for name, value in row.items() if isinstance(value, str)]
-    name = wanted or ("text" if "text" in row else next(iter(strings), None))
-    if name in row:
-        return name
-    raise InputError(
-        f"{source} has no column {'of strings' if name is None else repr(name)}; its "
-        f"columns are {', '.join(row)}: name one by text_column."
-    )
+    return rows.select(kept) if is_arrow(rows) else [rows[i] for i in kept]

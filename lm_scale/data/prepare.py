@@ -1,39 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a corpus to token stores, one a part: `out/train` and `out/validation`."""
+"""From a corpus to token stores, one a part: `out/train` and `out/validation`.
 
-import itertools
+What is checked before the first token, in which order the parts are made, and what is
+said; data/work.py makes a store.
+"""
+
 import os
-import shutil
 import time
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn
 
 from lm_scale.console import say
-from lm_scale.data.corpus import CorpusConfig, Part, documents
-from lm_scale.data.store import Manifest, StoreWriter, read_manifest
+from lm_scale.data.corpus import CorpusConfig, Part, open_text
+from lm_scale.data.encoding import Encoders, Spec
+from lm_scale.data.places import remove
+from lm_scale.data.ranks import Rank
+from lm_scale.data.store import Manifest, read_manifest, token_type
 from lm_scale.data.tokenizer import tokenizer_hash, vocabulary_size
+from lm_scale.data.work import Job, Label, Most, finished, make
 from lm_scale.errors import InputError, differences, flatten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# A batch for the tokenizer's threads ends at whichever comes first.
-_BATCH_DOCUMENTS = 1000
-_BATCH_CHARACTERS = 1 << 22  # whole books must not add up to gigabytes
-
-
-@dataclass(frozen=True)
-class Most:
-    """Where to stop reading a part; None: at its end."""
-
-    documents: int | None = None
-    tokens: int | None = None  # the batch of documents that reaches it is the last
+__all__ = ["Most", "prepare"]
 
 
 def prepare(
@@ -45,6 +39,7 @@ def prepare(
     separator: bool = True,
     cache_dir: str | None = None,
     workers: int | None = None,
+    rank: Rank | None = None,
     console: Console | None = None,
 ) -> dict[Part, Manifest]:
     """Tokenizes the parts of a corpus into the token stores `out/<part>`.
@@ -55,51 +50,72 @@ def prepare(
     A part that is there already, made from the same corpus by the same tokenizer, is
     kept; the text itself is not compared. `out` is a folder or a url (gs://, s3://).
 
+    It may be killed at any moment, and goes on from the finished parts when it is
+    called again. The bytes of a store depend neither on that nor on workers and ranks.
+
     parts: those to make, and how much of them (default: all of both).
-    cache_dir, workers: of `documents`; the workers are also the tokenizer's threads
-    (default: one a CPU), but only the first call of a process can set those.
+    cache_dir: of `documents`.
+    workers: processes that tokenize, and that read files into Arrow (default: one for
+    each CPU that this process may use). With 1 all is done in this one.
+    rank: which share of the corpus's units to do; the others do theirs at any time,
+    and who is last completes the store. Limits by `Most` or `max_documents` leave a
+    single unit, for rank 0. Default: all.
     console takes the progress, shown if it is a terminal, and a closing line for each
     part (default: standard output).
+
+    Returns the manifests of the parts that are complete.
 
     Raises:
       InputError: nothing to read (see `documents`), an empty part, a tokenizer without
         an end-of-text token, or a different store at `out/<part>`. All but a broken
         row are found before the first token is written.
+      StorageError: a full disk, storage that fails, ranks that do not come.
+      WorkerDied: a worker was killed.
     """
-    console = console or Console()
+    console, rank = console or Console(), rank or Rank()
     parts = {"train": Most(), "validation": Most()} if parts is None else parts
-    if workers is not None:
-        os.environ["RAYON_NUM_THREADS"] = str(workers)
     end = _end_of_text(tokenizer) if separator else None
-    origin = {
+    size = vocabulary_size(tokenizer)
+    facts = {
         "tokenizer_hash": tokenizer_hash(tokenizer),
-        "vocab_size": vocabulary_size(tokenizer),
+        "vocab_size": size,
         "separator": end,
     }
+    spec = Spec(tokenizer.backend_tokenizer.to_str(), end, token_type(size).name)
     manifests: dict[Part, Manifest] = {}
-    streams: dict[Part, Iterator[str]] = {}
+    jobs: dict[Part, Job] = {}
     for part, most in parts.items():
         path, source = _path(out, part), _source(corpus, part, most)
         manifest = read_manifest(path)
-        if manifest is None:
-            _check_free(path)
-            texts = documents(corpus, part, cache_dir=cache_dir, workers=workers)
-            texts = itertools.islice(texts, most.documents)
-            streams[part] = _nonempty(texts, part)
-        else:
-            _check_same(path, manifest, origin | {"source": source})
+        if manifest is not None:
+            _check_same(path, manifest, facts | {"source": source})
             manifests[part] = manifest
+            remove(f"{path}/work")  # if who completed it was killed right then
             say(console, f"{part}: kept {path}: {_summary(manifest)}")
-
-    encode = _encoder(tokenizer, end)
-    for part, texts in streams.items():
-        path, source = _path(out, part), _source(corpus, part, parts[part])
-        start = time.perf_counter()
-        manifests[part] = _build(
-            path, texts, encode, origin | {"source": source}, parts[part], console
+            continue
+        _check_free(path)
+        text = open_text(
+            corpus, part, cache_dir=cache_dir, workers=workers, whole=most != Most()
         )
-        seconds = time.perf_counter() - start
-        say(console, f"{part}: {_summary(manifests[part])}, {seconds:.1f} s")
+        jobs[part] = Job(path, text, spec, most, {**facts, "source": source})
+        if not any(finished(jobs[part])):
+            _check_nonempty(jobs[part], part)
+
+    with Encoders[Label](spec, workers or len(os.sched_getaffinity(0))) as encoders:
+        for part, job in jobs.items():
+            start = time.perf_counter()
+            made, missing = make(job, encoders, rank, part, console)
+            seconds = time.perf_counter() - start
+            if made is None:
+                say(
+                    console,
+                    f"{part}: rank {rank.index} of {rank.world} is done, {seconds:.1f} "
+                    f"s; {missing} of {len(job.text.units)} units are still missing: "
+                    "whoever makes the last one completes the store.",
+                )
+            else:
+                manifests[part] = made
+                say(console, f"{part}: {_summary(made)}, {seconds:.1f} s")
     return manifests
 
 
@@ -125,26 +141,32 @@ def _end_of_text(tokenizer: "PreTrainedTokenizerFast") -> int:
     )
 
 
-def _nonempty(texts: Iterator[str], part: Part) -> Iterator[str]:
-    first = next(texts, None)
-    if first is None:
-        advice = {
-            "train": "lower validation_fraction",
-            "validation": "raise validation_fraction, give a validation_source, or do "
-            "without evaluation",
-        }
-        raise InputError(f"no document falls to {part}; {advice[part]}.")
-    return itertools.chain([first], texts)
-
-
 def _check_free(path: str) -> None:
-    """A local folder is renamed into place, so nothing else may be there."""
-    taken = os.path.isfile(path) or (os.path.isdir(path) and os.listdir(path))
-    if "://" not in path and taken:
+    """Of a local folder: nothing may be there but an unfinished store."""
+    if "://" in path:
+        return
+    if os.path.isfile(path):
+        raise InputError(f"{path} is a file; delete it or choose another folder.")
+    if os.path.isdir(path) and set(os.listdir(path)) - {"parts", "work"}:
         raise InputError(
             f"{path} holds files but no complete token store; delete it or choose "
             "another folder."
         )
+
+
+def _check_nonempty(job: Job, part: Part) -> None:
+    """InputError if no document is for this part; reads until there is one."""
+    for unit in job.text.units:
+        if any(document is not None for _, document in job.text.read(unit)):
+            return
+    if job.text.units:
+        job.text.check_any()
+    advice = {
+        "train": "lower validation_fraction",
+        "validation": "raise validation_fraction, give a validation_source, or do "
+        "without evaluation",
+    }
+    raise InputError(f"no document falls to {part}; {advice[part]}.")
 
 
 def _check_same(path: str, manifest: Manifest, wanted: dict[str, Any]) -> None:
@@ -157,98 +179,18 @@ def _check_same(path: str, manifest: Manifest, wanted: dict[str, Any]) -> None:
         )
 
 
-def _encoder(
-    tokenizer: "PreTrainedTokenizerFast", end: int | None
-) -> Callable[[list[str]], list[list[int]]]:
-    """Texts -> ids, each ending with `end`."""
-    from tokenizers import Tokenizer
-
-    # A copy: these settings are no business of the caller's tokenizer.
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True  # "<s>" in a text is three characters
-
-    def encode(texts: list[str]) -> list[list[int]]:
-        ids = [encoding.ids for encoding in backend.encode_batch_fast(texts)]
-        if end is not None:
-            ids = [row if row and row[-1] == end else [*row, end] for row in ids]
-        return ids
-
-    return encode
-
-
-def _build(
-    path: str,
-    texts: Iterator[str],
-    encode: Callable[[list[str]], list[list[int]]],
-    fields: dict[str, Any],
-    most: Most,
-    console: Console,
-) -> Manifest:
-    """Writes one store: locally beside its place, then renamed into it."""
-    local = "://" not in path
-    folder, name = os.path.split(path)
-    scratch = os.path.join(folder, f".{name}.{uuid.uuid4().hex[:8]}") if local else path
-    source = fields["source"]
-    try:
-        with StoreWriter(scratch, vocab_size=fields["vocab_size"]) as writer:
-            for ids in _tracked(map(encode, _batches(texts)), source["part"], console):
-                writer.append(ids)
-                if most.tokens is not None and writer.tokens >= most.tokens:
-                    break
-            manifest = writer.finish(
-                tokenizer_hash=fields["tokenizer_hash"],
-                separator=fields["separator"],
-                source=source,
-            )
-        if local:
-            os.rename(scratch, path)
-    except BaseException:
-        if local:
-            shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    return manifest
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch, characters = [], 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
-        if len(batch) == _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _tracked(
-    batches: Iterator[list[list[int]]], part: Part, console: Console
-) -> Iterator[list[list[int]]]:
-    """The same batches, counted on the console where it is a terminal."""
-    columns = SpinnerColumn(), TextColumn("{task.description}")
-    start = time.perf_counter()
-    documents, tokens = 0, 0
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as progress:
-        task = progress.add_task(part, total=None)
-        for batch in batches:
-            documents += len(batch)
-            tokens += sum(map(len, batch))
-            rate = tokens / (time.perf_counter() - start)
-            progress.update(
-                task,
-                description=f"{part}: {documents:,} documents, {tokens:,} tokens, "
-                f"{rate:,.0f} tokens/s",
-            )
-            yield batch
-
-
 def _summary(manifest: Manifest) -> str:
     mean = manifest.tokens / max(1, manifest.documents)
-    return (
+    text = (
         f"{manifest.documents:,} documents, {manifest.tokens:,} tokens, "
         f"mean length {mean:.1f}"
     )
+    for name, said in (
+        ("empty", "rows without text dropped"),
+        ("duplicates", "duplicates dropped"),
+        ("cut", "long documents encoded in pieces"),
+        ("replaced", "documents with bytes replaced by U+FFFD"),
+    ):
+        if count := manifest.counts.get(name):
+            text += f", {count:,} {said}"
+    return text

@@ -1,23 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading by `datasets`: as a stream, or through its Arrow cache on disk."""
 
+import codecs
 import pickle
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lm_scale.errors import one_line
 
+# The readers that can replace bytes that are no UTF-8.
+_REPLACING = ("text", "json", "csv")
+
 
 @dataclass(frozen=True)
 class Reading:
-    """How rows are read; none of it but `text` changes them."""
+    """How rows are read; only `text` and `replace` change them."""
 
     streaming: bool
     cache_dir: str | None  # of downloads and Arrow files; None: Hugging Face's default
     workers: int | None  # processes that read files into Arrow, if not streaming
     text: dict[str, Any]  # options of the reader of .txt files
+    replace: bool = False  # bytes that are no UTF-8, by U+FFFD
 
 
 def text_options(reading: Reading) -> dict[str, Any]:
@@ -39,6 +46,9 @@ def load(*names: Any, reading: Reading, **options: Any) -> Any:
 
     datasets.disable_progress_bars()
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else local files are reported
+    if reading.replace and names[0] in _REPLACING:
+        # Not "utf-8": under that name the reader of json ignores the other option.
+        options |= {"encoding": "utf_8", "encoding_errors": "replace"}
     options |= {"streaming": reading.streaming, "cache_dir": reading.cache_dir}
     if not reading.streaming and (reading.workers or 1) > 1:
         _fill_cache(names, options | {"num_proc": reading.workers})
@@ -77,3 +87,27 @@ def reason(error: BaseException) -> str:
         return reason(bare)
     advice = " (convert it to UTF-8)" if isinstance(error, UnicodeDecodeError) else ""
     return one_line(error) + advice
+
+
+def first_invalid(files: Sequence[Path]) -> str:
+    """Where the first byte is that is no UTF-8, such as ` (line 3 of a.txt, byte 17)`.
+
+    Empty if these files are all UTF-8.
+    """
+    for file in files:
+        place = lines = 0
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        with file.open("rb") as opened:
+            while True:
+                block = opened.read(1 << 20)
+                kept = len(decoder.getstate()[0])  # begun in the block before
+                try:
+                    decoder.decode(block, final=not block)
+                except UnicodeDecodeError as error:
+                    lines += block[: max(0, error.start - kept)].count(b"\n")
+                    byte = place - kept + error.start
+                    return f" (line {lines + 1} of {file}, byte {byte})"
+                if not block:
+                    break
+                place, lines = place + len(block), lines + block.count(b"\n")
+    return ""

@@ -79,6 +79,28 @@ def local_files(source: str, subset: str | None = None) -> list[Path]:
     )
 
 
+def split_files(
+    source: str, subset: str | None, split: str, *, validating: bool
+) -> list[Path]:
+    """The files here that `open_rows` reads for a split, in its order.
+
+    Where they cannot be told apart from those of other splits (what `save_to_disk`
+    made, a README.md that declares subsets): all of the source. None of a url or a hub
+    name. Raises InputError as `open_rows`.
+    """
+    path = Path(os.path.expanduser(source))
+    if path.is_dir():
+        if not _declared_subsets(path):
+            below = path / (subset or "")
+            if not _is_saved(below):
+                name = f"the folder {below}"
+                return _choose(files_by_split(below), name, split, validating)[0]
+        return local_files(source, subset)
+    if "://" in source or not _is_path(source):
+        return []
+    return _matches(source)
+
+
 def _is_path(source: str) -> bool:
     return (
         source.startswith((".", "/", "~"))

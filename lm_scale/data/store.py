@@ -3,35 +3,45 @@
 
 A store is a folder, local or of an object store:
 
-    tokens/        [tokens], the smallest unsigned integer that holds the vocabulary
-    offsets/       [documents + 1] int64; document i is tokens[offsets[i]:offsets[i+1]]
-    manifest.json  what is in it; written last, so a store without it is incomplete
+    parts/00000-00000/  tokens/ and offsets/ of some documents, see data/parts.py
+    manifest.json       what is in it; written last, so a store without it is incomplete
 
-The arrays are zarr3 with sharding: a file (shard) holds many chunks, each compressed,
-checksummed and read by itself.
+The parts, in the manifest's order, are one row of tokens, and their documents one row
+of documents: a reader sees no parts. They are opened when something in them is first
+read, for a large store has thousands.
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
 
+from lm_scale.data.arrays import CHUNK_TOKENS, SHARD_TOKENS, reading
+from lm_scale.data.parts import Counts, PartWriter, Record, part_name
+from lm_scale.data.places import ERRORS, context, read_bytes, write_bytes
 from lm_scale.errors import InputError, one_line
 
-FORMAT = 1  # of the folder; a reader refuses any other
-# 16 Ki: the least that a read decompresses. Random blocks of 128 and 512 tokens read
-# twice as fast as from 64 Ki, and the store is no larger (4 Ki: 3 % larger).
-CHUNK_TOKENS = 1 << 14
-SHARD_TOKENS = 1 << 24  # 16 Mi: the tokens of a file, and of the writer's buffer
+FORMAT = 2  # of the folder; a reader refuses any other
 CACHE_BYTES = 256 << 20  # of decompressed chunks, for each open store
+MANIFEST = "manifest.json"
+# Where the documents asked for are so many of a range, the range is read at once.
+_DENSE = 16
 
-_MANIFEST = "manifest.json"
+
+@dataclass(frozen=True)
+class PartEntry:
+    """A part, as the manifest lists it."""
+
+    name: str  # its folder in the store
+    tokens: int
+    documents: int
+    sha256_tokens: str
+    sha256_offsets: str
 
 
 @dataclass(frozen=True)
@@ -45,12 +55,48 @@ class Manifest:
     tokenizer_hash: str  # of the tokenizer that wrote it, see tokenizer_hash()
     separator: int | None  # token that ends each document; None: none was added
     source: dict[str, Any]  # the corpus config and the part of it
-    sha256: str | None = None  # of it all, see StoreWriter.finish; None: an old one
+    sha256: str  # of the hashes of all parts: of all tokens and offsets
+    counts: dict[str, int] = field(default_factory=dict)  # of Counts, over all parts
+    parts: tuple[PartEntry, ...] = ()
     format: int = FORMAT
 
 
+def manifest_of(records: Sequence[Record], **facts: Any) -> Manifest:
+    """The manifest of a store of these parts; facts: where it came from."""
+    names = [part_name(record.unit, record.part) for record in records]
+    entries = tuple(
+        PartEntry(
+            name, record.tokens, record.documents,
+            record.sha256_tokens, record.sha256_offsets,
+        )
+        for name, record in zip(names, records, strict=True)
+    )  # fmt: skip
+    total = hashlib.sha256()
+    for entry in entries:
+        total.update(bytes.fromhex(entry.sha256_tokens + entry.sha256_offsets))
+    return Manifest(
+        tokens=sum(entry.tokens for entry in entries),
+        documents=sum(entry.documents for entry in entries),
+        sha256=total.hexdigest(),
+        counts=asdict(sum((record.counts for record in records), Counts())),
+        parts=entries,
+        **facts,
+    )
+
+
+def write_manifest(path: str | Path, manifest: Manifest) -> None:
+    """Completes a store whose parts are there; StorageError if it cannot."""
+    fields = asdict(manifest)
+    content = json.dumps({**fields, "checksum": _checksum(fields)}, indent=1)
+    write_bytes(path, MANIFEST, content.encode())
+
+
+def _checksum(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
 class StoreWriter:
-    """Writes a store front to back, one shard at a time; memory stays flat.
+    """Writes a store of a single part front to back; memory stays flat.
 
         with StoreWriter(path, vocab_size=50_257) as writer:
             writer.append(documents)
@@ -77,18 +123,11 @@ class StoreWriter:
             )
         self._path = path
         self._vocab_size = vocab_size
-        self._dtype = np.min_scalar_type(vocab_size - 1)
-        url = _url(path)
-        self._tokens = _Appender(
-            url + "tokens/", self._dtype, chunk_tokens, shard_tokens
-        )
-        # Documents are rarer than tokens and 8 bytes each: shards of like size.
-        shards = shard_tokens // chunk_tokens
-        chunk = max(1, chunk_tokens // 8)
-        self._offsets = _Appender(
-            url + "offsets/", np.dtype(np.int64), chunk, chunk * shards
-        )
-        self._offsets.append(np.zeros(1, np.int64))
+        self._dtype = token_type(vocab_size)
+        self._part = PartWriter(
+            path, 0, 0, self._dtype,
+            chunk_tokens=chunk_tokens, shard_tokens=shard_tokens,
+        )  # fmt: skip
 
     def __enter__(self) -> "StoreWriter":
         return self
@@ -99,7 +138,7 @@ class StoreWriter:
     @property
     def tokens(self) -> int:
         """Tokens so far."""
-        return self._tokens.size
+        return self._part.tokens
 
     def append(self, documents: Sequence[np.ndarray | Sequence[int]]) -> None:
         """Adds documents, each a sequence of token ids.
@@ -116,34 +155,29 @@ class StoreWriter:
                 f"token ids from {tokens.min()} to {tokens.max()} in a store for a "
                 f"vocabulary of {self._vocab_size}"
             )
-        ends = self._tokens.size + np.cumsum([array.size for array in arrays])
-        self._tokens.append(tokens)
-        self._offsets.append(ends)
+        lengths = np.array([array.size for array in arrays], np.int64)
+        self._part.append(tokens.astype(self._dtype), lengths)
 
     def finish(
         self, *, tokenizer_hash: str, separator: int | None, source: dict[str, Any]
     ) -> Manifest:
-        """Writes what is buffered and then the manifest, which completes the store.
-
-        Its sha256 is that of the sha256 of the tokens' bytes and of the offsets'.
-        """
-        self._tokens.flush()
-        self._offsets.flush()
-        digests = self._tokens.sha256.digest() + self._offsets.sha256.digest()
-        manifest = Manifest(
-            tokens=self._tokens.size,
-            documents=self._offsets.size - 1,
+        """Writes what is buffered and then the manifest, which completes the store."""
+        record = self._part.finish(last=True, rows=self._part.documents)
+        manifest = manifest_of(
+            [record],
             dtype=self._dtype.name,
             vocab_size=self._vocab_size,
             tokenizer_hash=tokenizer_hash,
             separator=separator,
             source=source,
-            sha256=hashlib.sha256(digests).hexdigest(),
         )
-        content = json.dumps(asdict(manifest), indent=2)
-        kvstore = ts.KvStore.open(_url(self._path)).result()
-        kvstore.write(_MANIFEST, content.encode()).result()
+        write_manifest(self._path, manifest)
         return manifest
+
+
+def token_type(vocab_size: int) -> np.dtype:
+    """The smallest unsigned integer that holds the vocabulary."""
+    return np.min_scalar_type(vocab_size - 1)
 
 
 class TokenStore:
@@ -152,29 +186,31 @@ class TokenStore:
     Open one with `TokenStore.open(path)`.
     """
 
-    def __init__(self, path: str | Path, manifest: Manifest, tokens, offsets):
+    def __init__(self, path: str | Path, manifest: Manifest):
         self.path = path
         self.manifest = manifest
-        self._tokens = tokens
-        self._offsets = offsets
+        parts = manifest.parts
+        # Where each part begins in the row of all tokens, of all documents; the end.
+        self._first_tokens = np.cumsum([0, *(part.tokens for part in parts)])
+        self._first_documents = np.cumsum([0, *(part.documents for part in parts)])
+        self._context = context(CACHE_BYTES)
+        self._arrays: dict[tuple[str, int], ts.TensorStore] = {}
 
     @classmethod
     def open(cls, path: str | Path) -> "TokenStore":
         """Opens the store in a local folder or at a url (gs://, s3://).
 
         Raises:
-          InputError: there is no store, it is incomplete, or of another format.
+          InputError: there is no store, it is incomplete, its manifest is damaged, or
+            of another format.
         """
         manifest = read_manifest(path)
         if manifest is None:
             raise InputError(
-                f"{path} holds no complete token store (no {_MANIFEST}): the path is "
+                f"{path} holds no complete token store (no {MANIFEST}): the path is "
                 "wrong, or writing it was cut short; run `prepare` for it."
             )
-        context = ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
-        tokens = _open_array(path, "tokens", manifest.tokens, context)
-        offsets = _open_array(path, "offsets", manifest.documents + 1, context)
-        return cls(path, manifest, tokens, offsets)
+        return cls(path, manifest)
 
     def __reduce__(self):
         return type(self).open, (self.path,)
@@ -196,7 +232,7 @@ class TokenStore:
 
         Raises:
           IndexError: a block begins before the first token or ends after the last.
-          InputError: a shard is gone or damaged, or holds what is no token.
+          InputError: a part is gone or damaged, or holds what is no token.
         """
         starts = np.asarray(starts)
         last = self.num_tokens - length
@@ -207,8 +243,13 @@ class TokenStore:
             )
         blocks = np.empty((starts.size, length), np.int32)
         spans = np.stack([starts, starts + length], axis=1)
-        for row, tokens in zip(blocks, self._read(self._tokens, spans), strict=True):
-            row[:] = tokens
+        rows, parts, within = _pieces(spans, self._first_tokens)
+        places = np.zeros(rows.size, np.int64)  # of each piece in its row
+        sizes = np.cumsum(within[:, 1] - within[:, 0])
+        places[1:] = sizes[:-1] - length * rows[1:]
+        found = self._read("tokens", parts, within)
+        for row, place, tokens in zip(rows, places, found, strict=True):
+            blocks[row, place : place + tokens.size] = tokens
         return self._checked(blocks)
 
     def documents(self, indices: np.ndarray) -> list[np.ndarray]:
@@ -218,41 +259,92 @@ class TokenStore:
           IndexError: there is no such document.
           InputError: as `read_blocks`.
         """
-        found = self._read(self._tokens, self._spans(indices))
+        parts, spans = self._spans(indices)
+        found = self._read("tokens", parts, spans)
         return [self._checked(tokens.astype(np.int32)) for tokens in found]
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
-        """Number of tokens of these documents, int64 [n]."""
-        spans = self._spans(indices)
+        """Number of tokens of these documents, int64 [n]. Of a range: one read a part.
+
+        Raises as `documents`.
+        """
+        _, spans = self._spans(indices)
         return spans[:, 1] - spans[:, 0]
 
-    def _spans(self, indices: np.ndarray) -> np.ndarray:
-        """First and last + 1 token of each document, int64 [n 2]."""
-        indices, last = np.asarray(indices), self.num_documents - 1
+    def _spans(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Each document's part [n], its first and last + 1 token there, int64 [n 2]."""
+        indices, last = np.asarray(indices, np.int64), self.num_documents - 1
         if indices.size and not 0 <= indices.min() <= indices.max() <= last:
             raise IndexError(
                 f"documents {indices.min()} to {indices.max()} of {self.num_documents}"
             )
-        found = self._read(self._offsets, np.stack([indices, indices + 2], axis=1))
-        spans = np.array(found, np.int64).reshape(-1, 2)
+        parts = _part_of(indices, self._first_documents)
+        within = indices - self._first_documents[parts]
+        spans = np.empty((indices.size, 2), np.int64)
+        for part, some in _groups(parts):
+            spans[some] = self._offsets(part, within[some])
         if np.any(spans[:, 0] < 0) or np.any(np.diff(spans) < 0):
             raise self._damaged("offsets/ holds documents that end before they begin")
-        if spans.size and spans.max() > self.num_tokens:
+        sizes = np.diff(self._first_tokens)[parts]
+        if np.any(spans[:, 1] > sizes):
             raise self._damaged("offsets/ holds documents behind the last token")
-        return spans
+        return parts, spans
 
-    def _read(self, array, spans: np.ndarray) -> list[np.ndarray]:
-        """The values from the first to before the second place of each span [n 2]."""
-        joined, runs, firsts, lasts = _joined(spans)
+    def _offsets(self, part: int, documents: np.ndarray) -> np.ndarray:
+        """Both ends of these documents of a part, int64 [n 2]."""
+        low, high = int(documents.min()), int(documents.max())
+        if high - low > _DENSE * documents.size:
+            ends = np.stack([documents, documents + 2], axis=1)
+            return np.array(self._read("offsets", np.full(len(ends), part), ends))
+        (every,) = self._read("offsets", np.array([part]), np.array([[low, high + 2]]))
+        return np.stack([every[documents - low], every[documents - low + 1]], axis=1)
+
+    def _read(self, name: str, parts: np.ndarray, spans: np.ndarray) -> list[Any]:
+        """The values of each span [n 2] of its part [n]."""
+        arrays = self._open(name, parts)
         # One batch: spans of one shard share a file read, and all run concurrently.
         with ts.Batch() as batch:
-            reads = [array[a:b].read(batch=batch) for a, b in joined.tolist()]
+            reads = [
+                arrays[part][start:stop].read(batch=batch)
+                for part, (start, stop) in zip(
+                    parts.tolist(), spans.tolist(), strict=True
+                )
+            ]
         try:
-            found = [read.result() for read in reads]
-        except (OSError, ValueError, RuntimeError) as error:
+            return [read.result() for read in reads]
+        except ERRORS as error:
             raise self._damaged(one_line(error)) from error
         within = zip(runs, firsts, lasts, strict=True)
         return [found[run][a:b] for run, a, b in within]
+
+    def _open(self, name: str, parts: np.ndarray) -> dict[int, Any]:
+        """The open arrays of these parts; those not open yet are, all at once."""
+        wanted = set(parts.tolist())
+        opening = {
+            part: ts.open(
+                reading(f"{str(self.path).rstrip('/')}/{self._entry(part).name}/{name}"),
+                read=True, open=True, context=self._context,
+            )
+            for part in wanted
+            if (name, part) not in self._arrays
+        }  # fmt: skip
+        for part, opened in opening.items():
+            try:
+                array = opened.result()
+            except ERRORS as error:
+                raise self._damaged(one_line(error)) from error
+            entry = self._entry(part)
+            size = entry.tokens if name == "tokens" else entry.documents + 1
+            if array.shape != (size,):
+                raise self._damaged(
+                    f"{entry.name}/{name} has {array.shape[0]} entries and the "
+                    f"manifest says {size}"
+                )
+            self._arrays[name, part] = array
+        return {part: self._arrays[name, part] for part in wanted}
+
+    def _entry(self, part: int) -> PartEntry:
+        return self.manifest.parts[part]
 
     def _checked(self, tokens: np.ndarray) -> np.ndarray:
         """The same tokens. An embedding would take the last row for those too high."""
@@ -263,30 +355,44 @@ class TokenStore:
 
     def _damaged(self, what: str) -> InputError:
         return InputError(
-            f"the token store {self.path} is damaged: {what}. Put a whole copy there, "
-            "or delete it and run `prepare` again."
+            f"the token store {self.path} is damaged: {what}. `lm-scale prepare "
+            "--verify` tells all that is; put a whole copy there, or delete the store "
+            "and run `prepare` again."
         )
 
 
-def _joined(spans: np.ndarray):
-    """Spans [n 2] that overlap or touch, as one: a read costs some 20 µs, any length.
+def _part_of(places: np.ndarray, firsts: np.ndarray) -> np.ndarray:
+    """The part that holds each place, by where the parts begin, [n]."""
+    return np.searchsorted(firsts, places, side="right") - 1
 
-    The joined ones [m 2]; and of each span which of them it is in, and its two places
-    there, as lists.
+
+def _pieces(
+    spans: np.ndarray, firsts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Spans [n 2] cut where parts begin: row [m], part [m] and span in it [m 2].
+
+    Pieces come in order; those of no token are left out.
     """
-    spans = spans.reshape(-1, 2)
-    order = np.argsort(spans[:, 0], kind="stable")
-    starts, stops = spans[order].T
-    reach = np.maximum.accumulate(stops)  # the last place that was read so far
-    new = np.ones(starts.size, bool)
-    new[1:] = starts[1:] > reach[:-1]
-    begins = np.flatnonzero(new)
-    ends = np.append(begins[1:], starts.size) - 1 if starts.size else begins
-    joined = np.stack([starts[begins], reach[ends]], axis=1)
-    run = np.empty(starts.size, np.int64)
-    run[order] = np.cumsum(new) - 1
-    inside = spans - joined[run, :1]
-    return joined, run.tolist(), *inside.T.tolist()
+    starts, stops = spans[:, 0], spans[:, 1]
+    low, high = _part_of(starts, firsts), _part_of(stops - 1, firsts)
+    counts = np.where(stops > starts, high - low + 1, 0)
+    rows = np.repeat(np.arange(len(spans)), counts)
+    number = np.arange(rows.size) - np.repeat(np.cumsum(counts) - counts, counts)
+    parts = low[rows] + number
+    first, end = firsts[parts], firsts[parts + 1]
+    within = np.stack(
+        [np.maximum(starts[rows], first) - first, np.minimum(stops[rows], end) - first],
+        axis=1,
+    )
+    kept = within[:, 1] > within[:, 0]
+    return rows[kept], parts[kept], within[kept]
+
+
+def _groups(parts: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """Each part that is named, and where it is, [n]."""
+    order = np.argsort(parts, kind="stable")
+    names, firsts = np.unique(parts[order], return_index=True)
+    return list(zip(names.tolist(), np.split(order, firsts[1:]), strict=True))
 
 
 def read_manifest(path: str | Path) -> Manifest | None:
@@ -296,105 +402,24 @@ def read_manifest(path: str | Path) -> Manifest | None:
       InputError: the place cannot be read, or the manifest is broken or of another
         format.
     """
-    try:
-        found = ts.KvStore.open(_url(path)).result().read(_MANIFEST).result()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
-    if found.state == "missing":
+    content = read_bytes(path, MANIFEST)
+    if content is None:
         return None
     try:
-        fields = json.loads(found.value)
+        fields = json.loads(content)
         version = fields["format"]
         if version == FORMAT:
-            return Manifest(**fields)
+            checksum = fields.pop("checksum")
+            if _checksum(fields) != checksum:
+                raise ValueError("its content does not fit its checksum")
+            entries = tuple(PartEntry(**entry) for entry in fields["parts"])
+            return replace(Manifest(**fields), parts=entries)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"the {_MANIFEST} in {path} is broken ({error}); delete the store and run "
-            "`prepare` again."
+            f"the {MANIFEST} in {path} is broken ({error}); put a whole copy there, or "
+            "delete it and run `prepare` again, which writes it anew."
         ) from error
     raise InputError(
         f"the token store {path} has format {version}; this version of lm_scale reads "
         f"format {FORMAT}: run `prepare` again into another folder."
     )
-
-
-def _url(path: str | Path) -> str:
-    """The kvstore url of a folder, local or already a url, with a slash at the end."""
-    text = str(path)
-    if "://" not in text:
-        text = Path(os.path.abspath(os.path.expanduser(text))).as_uri()
-    return text.rstrip("/") + "/"
-
-
-def _open_array(path: str | Path, name: str, size: int, context: ts.Context):
-    spec = {
-        "driver": "zarr3",
-        "kvstore": f"{_url(path)}{name}/",
-        # A complete store never changes: do not ask the file system at each read.
-        "recheck_cached_data": False,
-        "fill_missing_data_reads": False,  # a shard that is gone is no row of zeros
-    }
-    try:
-        array = ts.open(spec, read=True, open=True, context=context).result()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"the token store {path} is damaged: {error}") from error
-    if array.shape != (size,):
-        raise InputError(
-            f"the token store {path} is damaged: {name} has {array.shape[0]} entries "
-            f"and the manifest says {size}; run `prepare` again."
-        )
-    return array
-
-
-class _Appender:
-    """A growing 1-D zarr3 array: whole shards go out as soon as they are full."""
-
-    def __init__(self, url: str, dtype: np.dtype, chunk: int, shard: int):
-        little = {"name": "bytes", "configuration": {"endian": "little"}}
-        compressed = {"name": "zstd", "configuration": {"level": 1}}
-        checksum = {"name": "crc32c"}  # a flipped bit is an error, not a token
-        sharding = {
-            "chunk_shape": [chunk],
-            "codecs": [little, compressed, checksum],
-            "index_codecs": [little, checksum],
-        }
-        grid = {"name": "regular", "configuration": {"chunk_shape": [shard]}}
-        metadata = {
-            "shape": [0],
-            "data_type": dtype.name,
-            "chunk_grid": grid,
-            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-        }
-        spec = {
-            "driver": "zarr3", "kvstore": url, "metadata": metadata,
-            "store_data_equal_to_fill_value": True,  # what is missing is an error
-        }  # fmt: skip
-        try:
-            self._array = ts.open(spec, create=True, delete_existing=True).result()
-        except (OSError, ValueError, RuntimeError) as error:
-            raise InputError(f"cannot write {url}: {error}") from error
-        self._buffer = np.empty(shard, dtype)
-        self.sha256 = hashlib.sha256()  # of what is written
-        self._written = 0
-        self._filled = 0
-
-    @property
-    def size(self) -> int:
-        return self._written + self._filled
-
-    def append(self, values: np.ndarray) -> None:
-        while values.size:
-            room = self._buffer.size - self._filled
-            part, values = values[:room], values[room:]
-            self._buffer[self._filled : self._filled + part.size] = part
-            self._filled += part.size
-            if self._filled == self._buffer.size:
-                self.flush()
-
-    def flush(self) -> None:
-        """Writes the buffer; the array grows first, so it is never read back."""
-        array = self._array.resize(exclusive_max=[self.size]).result()
-        full = self._buffer[: self._filled]
-        array[self._written :].write(full).result()
-        self.sha256.update(full.tobytes())
-        self._written, self._filled = self.size, 0

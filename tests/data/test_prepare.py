@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-import lm_scale.data.prepare as module
+import lm_scale.data.texts as module
 from lm_scale.data.corpus import CorpusConfig, documents
 from lm_scale.data.prepare import Most, prepare
 from lm_scale.data.store import TokenStore
@@ -116,8 +116,8 @@ def test_batches_change_nothing(
     corpus, gpt2, quiet, tmp_path, monkeypatch, count, characters
 ):
     prepare(corpus, gpt2, tmp_path / "one", console=quiet)
-    monkeypatch.setattr(module, "_BATCH_DOCUMENTS", count)
-    monkeypatch.setattr(module, "_BATCH_CHARACTERS", characters)
+    monkeypatch.setattr(module, "BATCH_DOCUMENTS", count)
+    monkeypatch.setattr(module, "BATCH_CHARACTERS", characters)
     prepare(corpus, gpt2, tmp_path / "two", console=quiet)
     one, two = (TokenStore.open(tmp_path / name / "train") for name in ("one", "two"))
     assert one.manifest == two.manifest
@@ -170,7 +170,7 @@ def test_a_failure_leaves_nothing_behind(gpt2, quiet, tmp_path):
     corpus = CorpusConfig(source=str(tmp_path / "*.csv"), validation_fraction=0)
     with pytest.raises(InputError, match="no column 'text'"):
         prepare(corpus, gpt2, tmp_path / "out", parts={"train": Most()}, console=quiet)
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out/train").exists()
 
 
 def test_other_files_in_the_way_are_refused(corpus, gpt2, quiet, tmp_path):

@@ -3,15 +3,27 @@
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorstore as ts
 
-from lm_scale.data.store import Manifest, StoreWriter, TokenStore, read_manifest
+from lm_scale.data.arrays import reading
+from lm_scale.data.parts import PartWriter
+from lm_scale.data.store import (
+    Manifest,
+    StoreWriter,
+    TokenStore,
+    manifest_of,
+    read_manifest,
+    write_manifest,
+)
 from lm_scale.errors import InputError
 
 TINY = {"chunk_tokens": 8, "shard_tokens": 64}
+PART = "s/parts/00000-00000"  # the only one that StoreWriter makes
 FACTS = {"tokenizer_hash": "abc", "separator": None, "source": {"part": "train"}}
 
 
@@ -79,7 +91,7 @@ def test_default_sizes(tmp_path):
 def test_the_smallest_integers_that_hold_the_vocabulary(tmp_path, vocab_size, dtype):
     top = [0, vocab_size - 1]
     assert write(tmp_path / "s", [top], vocab_size=vocab_size).dtype == dtype
-    metadata = json.loads((tmp_path / "s/tokens/zarr.json").read_text())
+    metadata = json.loads((tmp_path / PART / "tokens/zarr.json").read_text())
     assert metadata["data_type"] == dtype
     assert TokenStore.open(tmp_path / "s").read(0, 2).tolist() == top
 
@@ -125,13 +137,13 @@ def test_a_path_and_its_url_are_one_place(tmp_path, monkeypatch):
 def test_the_arrays_are_plain_zarr3(tmp_path):
     """Other readers of zarr find the sharding, and few files."""
     write(tmp_path / "s", random_documents(50))
-    metadata = json.loads((tmp_path / "s/tokens/zarr.json").read_text())
+    metadata = json.loads((tmp_path / PART / "tokens/zarr.json").read_text())
     assert metadata["zarr_format"] == 3
     (codec,) = metadata["codecs"]
     assert codec["name"] == "sharding_indexed"
     assert codec["configuration"]["chunk_shape"] == [8]
     tokens = metadata["shape"][0]
-    shards = list(Path(tmp_path, "s/tokens/c").iterdir())
+    shards = list(Path(tmp_path, PART, "tokens/c").iterdir())
     assert len(shards) == -(-tokens // 64)
 
 
@@ -147,7 +159,7 @@ def test_an_incomplete_store_is_refused_and_can_be_written_again(tmp_path):
     with pytest.raises(RuntimeError), StoreWriter(path, vocab_size=9, **TINY) as writer:
         writer.append([[8] * 200])
         raise RuntimeError("killed")
-    assert (path / "tokens/c/0").exists()
+    assert (path / "parts/00000-00000/tokens/c/0").exists()
     with pytest.raises(InputError, match="cut short"):
         TokenStore.open(path)
     write(path, [[1, 2]])
@@ -164,9 +176,8 @@ def test_a_complete_store_is_not_written_over(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "has format 2; this version of lm_scale reads format 1"),
-        ({"tokens": 5}, "tokens has 2 entries and the manifest says 5"),
-        ({"documents": 3}, "offsets has 2 entries and the manifest says 4"),
+        ({"format": 1}, "has format 1; this version of lm_scale reads format 2"),
+        ({"tokens": 5}, "is broken .its content does not fit its checksum"),
         ({"colour": "red"}, "is broken"),
     ],
 )
@@ -178,6 +189,17 @@ def test_manifests_that_do_not_fit_are_refused(tmp_path, change, message):
         TokenStore.open(tmp_path / "s")
 
 
+def test_arrays_of_another_size_are_damage(tmp_path):
+    write(tmp_path / "s", [[1, 2]])
+    write(tmp_path / "other", [[1, 2, 3], [4]])
+    for name, said in (("tokens", "has 4 entries.*says 2"), ("offsets", "has 3 .*2")):
+        (tmp_path / PART / name).rename(tmp_path / "away")
+        (tmp_path / "other/parts/00000-00000" / name).rename(tmp_path / PART / name)
+        with pytest.raises(InputError, match=f"is damaged: .*{name} {said}"):
+            TokenStore.open(tmp_path / "s").documents(np.array([0]))
+        (tmp_path / "away").rename(tmp_path / "other/parts/00000-00000" / name)
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
 def test_broken_manifests_are_refused(tmp_path, content):
     (tmp_path / "manifest.json").write_text(content)
@@ -187,14 +209,14 @@ def test_broken_manifests_are_refused(tmp_path, content):
 
 def test_a_missing_array_is_damage(tmp_path):
     write(tmp_path / "s", [[1, 2]])
-    (tmp_path / "s/offsets/zarr.json").unlink()
+    (tmp_path / PART / "offsets/zarr.json").unlink()
     with pytest.raises(InputError, match="is damaged"):
-        TokenStore.open(tmp_path / "s")
+        TokenStore.open(tmp_path / "s").documents(np.array([0]))
 
 
 def test_a_flipped_bit_is_an_error_not_a_token(tmp_path):
     write(tmp_path / "s", [np.arange(64)])
-    shard = tmp_path / "s/tokens/c/0"
+    shard = tmp_path / PART / "tokens/c/0"
     content = bytearray(shard.read_bytes())
     content[len(content) // 4] ^= 1
     shard.write_bytes(content)
@@ -209,3 +231,86 @@ def test_places_that_cannot_be_read_are_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="cannot write"):
         StoreWriter(tmp_path / "file" / "s", vocab_size=9)
+
+
+# --- Several parts --------------------------------------------------------------------
+
+
+def write_parts(path, parts) -> Manifest:
+    records = []
+    for number, documents in enumerate(parts):
+        writer = PartWriter(path, number, 0, np.dtype(np.uint16), **TINY)
+        lengths = np.array([len(document) for document in documents], np.int64)
+        tokens = np.concatenate([np.empty(0, np.int64), *documents])
+        writer.append(tokens.astype(np.uint16), lengths)
+        records.append(writer.finish(last=True, rows=0))
+    facts = {**FACTS, "dtype": "uint16", "vocab_size": 300}
+    manifest = manifest_of(records, **facts)
+    write_manifest(path, manifest)
+    return manifest
+
+
+@pytest.mark.parametrize("place", ["path", "file://", "memory://"])
+def test_parts_are_one_row_of_tokens(tmp_path, place):
+    """Some parts hold no document, one document no token; blocks span several parts."""
+    path = {
+        "path": tmp_path / "s",
+        "file://": (tmp_path / "s").as_uri(),
+        "memory://": f"memory://{tmp_path.name}/s",
+    }[place]
+    documents = random_documents(60)
+    parts = [[], documents[:7], [], [], documents[7:8], [[]], documents[8:], []]
+    write_parts(path, parts)
+    documents = [*documents[:8], np.empty(0, int), *documents[8:]]
+    store = TokenStore.open(path)
+    flat = np.concatenate(documents)
+    assert (store.num_tokens, store.num_documents) == (flat.size, 61)
+    for length in (1, 9, flat.size):
+        starts = np.arange(flat.size - length + 1)[::-1]
+        expected = np.stack([flat[start : start + length] for start in starts])
+        np.testing.assert_array_equal(store.read_blocks(starts, length), expected)
+    rng = np.random.default_rng(1)
+    for which in (np.arange(61), rng.permutation(61), rng.integers(0, 61, 9), [60, 0]):
+        for number, found in zip(which, store.documents(which), strict=True):
+            np.testing.assert_array_equal(found, documents[number])
+        sizes = [len(documents[number]) for number in which]
+        assert store.lengths(which).tolist() == sizes
+
+
+def test_far_apart_documents_of_a_part_are_read_one_by_one(tmp_path):
+    documents = random_documents(500)
+    write_parts(tmp_path / "s", [documents[:3], documents[3:]])
+    store = TokenStore.open(tmp_path / "s")
+    far = np.array([499, 3, 0])
+    for number, found in zip(far, store.documents(far), strict=True):
+        np.testing.assert_array_equal(found, documents[number])
+
+
+def test_parts_are_opened_when_they_are_read(tmp_path):
+    write_parts(tmp_path / "s", [[[i]] * 10 for i in range(20)])
+    for number in range(1, 20):
+        shutil.rmtree(tmp_path / f"s/parts/{number:05d}-00000")
+    store = TokenStore.open(tmp_path / "s")
+    assert store.read(3, 7).tolist() == [0] * 7
+    with pytest.raises(InputError, match="is damaged"):
+        store.read(3, 8)
+
+
+def test_the_hash_of_a_store_is_of_its_parts(tmp_path):
+    first = write_parts(tmp_path / "1", [[[1, 2]], [[3]]])
+    assert first == write_parts(tmp_path / "2", [[[1, 2]], [[3]]])
+    for number, parts in enumerate(([[[1, 2]], [[4]]], [[[3]], [[1, 2]]], [[[1, 2]]])):
+        assert write_parts(tmp_path / f"o{number}", parts).sha256 != first.sha256
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("gs://bucket/a", {"driver": "gcs", "bucket": "bucket", "path": "a/"}),
+        ("s3://bucket/a/", {"driver": "s3", "bucket": "bucket", "path": "a/"}),
+    ],
+)
+def test_the_spec_that_is_opened_in_a_cloud(url, expected):
+    spec = ts.Spec(reading(url)).to_json()
+    assert {name: spec["kvstore"][name] for name in expected} == expected
+    assert spec["driver"] == "zarr3"

@@ -42,6 +42,7 @@ from lm_scale.weight_files import open_tensors
 
 QUIET = Console(quiet=True)
 TINY = {"chunk_tokens": 8, "shard_tokens": 64}
+PART = "parts/00000-00000"  # the only one of a small store
 FACTS = {"tokenizer_hash": "abc", "separator": None, "source": {"part": "train"}}
 
 
@@ -61,7 +62,7 @@ def cut(shard: Path) -> None:
 def exchange(shard: Path) -> None:
     """By a whole one, in which a token is too high."""
     write(shard.parents[2] / "other", [np.arange(200) + 400], vocab_size=1000)
-    (shard.parents[2] / "other/tokens/c/1").replace(shard)
+    (shard.parents[2] / "other" / PART / "tokens/c/1").replace(shard)
 
 
 DAMAGES = {
@@ -76,7 +77,7 @@ DAMAGES = {
 def test_a_damaged_shard_is_an_error(tmp_path, damage):
     write(tmp_path / "s", [np.arange(100), np.arange(100)])
     harm, said = DAMAGES[damage]
-    harm(tmp_path / "s/tokens/c/1")
+    harm(tmp_path / "s" / PART / "tokens/c/1")
     store = TokenStore.open(tmp_path / "s")
     np.testing.assert_array_equal(store.read(0, 64), np.arange(64))
     for read in (lambda: store.read(0, 128), lambda: store.documents(np.array([0]))):
@@ -87,11 +88,11 @@ def test_a_damaged_shard_is_an_error(tmp_path, damage):
 def test_offsets_that_are_gone_or_lie_are_an_error(tmp_path):
     for name, content in (("gone", None), ("lie", [[1] * 9, [2] * 70])):
         write(tmp_path / name, [[1] * 5, [2] * 6])
-        shard = tmp_path / name / "offsets/c/0"
+        shard = tmp_path / name / PART / "offsets/c/0"
         shard.unlink()
         if content is not None:
             write(tmp_path / "other", content)
-            (tmp_path / "other/offsets/c/0").rename(shard)
+            (tmp_path / "other" / PART / "offsets/c/0").rename(shard)
         with pytest.raises(InputError, match="is damaged"):
             TokenStore.open(tmp_path / name).documents(np.array([0, 1]))
 
@@ -105,7 +106,8 @@ def test_a_shard_that_vanishes_in_a_run(tmp_path, monkeypatch, capfd):
     """One message, and the run goes on once the shard is back."""
     for module, name in ((token_store, "CACHE_BYTES"), (token_cache, "BYTES")):
         monkeypatch.setattr(module, name, 0)  # as of a store above 256 MB
-    shard, make_step = tmp_path / "run/data/train/tokens/c/0", trainer.make_train_step
+    part = tmp_path / "run/data/train/parts/00000-00000"
+    shard, make_step = part / "tokens/c/0", trainer.make_train_step
 
     def make_train_step(*given, **named):
         step = make_step(*given, **named)

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Texts to tokens, in this process or in a pool of processes, in order.
+
+The workers are new processes (spawned: a fork may hang where JAX runs threads) with one
+tokenizer thread each, which import neither JAX nor transformers. A bounded number of
+texts is under way, so memory does not grow with the corpus.
+"""
+
+import itertools
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+# Characters that this process encodes itself: by then, a pool would just have begun.
+ALONE = 8 << 20
+_AHEAD = 3  # texts under way, for each worker
+
+
+class WorkerDied(ChildProcessError):
+    """A worker process ended, most often as memory ran out; complete by itself."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """All that a process needs to encode."""
+
+    tokenizer: str  # the JSON of `tokenizers`
+    end: int | None  # token that follows each document, unless it ends with it anyhow
+    dtype: str  # of the tokens
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Whole documents, or one piece of a long one."""
+
+    texts: list[str]
+    begins: bool = True  # the documents begin here
+    ends: bool = True  # and end
+
+    @property
+    def characters(self) -> int:
+        return sum(map(len, self.texts))
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The same as tokens: those of all texts in a row, and how many each has."""
+
+    tokens: np.ndarray  # [n], of Spec.dtype
+    lengths: np.ndarray  # [texts] int64
+
+
+class Encoder:
+    """Encodes as the tokenizer does, its special tokens around each document.
+
+    Text that looks like a special token ("<s>" in HTML) stays text.
+    """
+
+    def __init__(self, spec: Spec):
+        from tokenizers import Tokenizer
+
+        self._spec, self._backend = spec, Tokenizer.from_str(spec.tokenizer)
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = True
+        whole = self._backend.encode("a").ids
+        bare = self._backend.encode("a", add_special_tokens=False).ids
+        place = next(
+            (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0
+        )
+        # What the template adds, for documents that are encoded in pieces.
+        self._before, self._after = whole[:place], whole[place + len(bare) :]
+
+    def __call__(self, given: Texts) -> Tokens:
+        """The tokens of some texts."""
+        whole = given.begins and given.ends
+        found = self._backend.encode_batch_fast(given.texts, add_special_tokens=whole)
+        rows = [encoding.ids for encoding in found]
+        if not whole:
+            before = self._before if given.begins else []
+            after = self._after if given.ends else []
+            rows = [[*before, *row, *after] for row in rows]
+        end = self._spec.end
+        if end is not None and given.ends:
+            for row in rows:
+                if not row or row[-1] != end:
+                    row.append(end)
+        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+        flat = itertools.chain.from_iterable(rows)
+        return Tokens(np.fromiter(flat, self._spec.dtype, lengths.sum()), lengths)
+
+
+class Encoders(Generic[T]):
+    """Encodes long rows of texts with several processes; a context manager.
+
+    workers: processes; with 1, and for the first `ALONE` characters, this one does it.
+    """
+
+    def __init__(self, spec: Spec, workers: int):
+        self._spec, self._workers = spec, workers
+        self._own = Encoder(spec)
+        self._alone = 0  # characters encoded here
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "Encoders[T]":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._pool is not None:
+            self._lifeline.close()  # the workers end at once, whatever they do
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def map(self, items: Iterable[tuple[T, Texts]]) -> Iterator[tuple[T, Tokens]]:
+        """The items with their tokens, in order; at most so many are read ahead.
+
+        Raises:
+          WorkerDied: a worker was killed.
+        """
+        items = iter(items)
+        if self._pool is None:
+            for label, texts in items:
+                self._alone += texts.characters
+                yield label, self._own(texts)
+                if self._workers > 1 and self._alone >= ALONE:
+                    self._start()
+                    break
+            else:
+                return
+        window: deque[tuple[T, Future[Tokens] | Tokens]] = deque()
+        for label, texts in items:
+            window.append((label, self._submit(texts)))
+            if len(window) > _AHEAD * self._workers:
+                yield self._first(window)
+        while window:
+            yield self._first(window)
+
+    def _start(self) -> None:
+        mine = get_context("spawn")
+        theirs, self._lifeline = mine.Pipe(duplex=False)
+        with _one_thread():
+            self._pool = ProcessPoolExecutor(
+                self._workers, mine, initializer=_begin, initargs=(self._spec, theirs)
+            )
+            # All are started here, while the variables are set.
+            for _ in range(self._workers):
+                self._pool.submit(os.getpid)
+
+    def _submit(self, texts: Texts) -> "Future[Tokens] | Tokens":
+        if not texts.texts:
+            return self._own(texts)  # a mark between units
+        assert self._pool is not None
+        try:
+            return self._pool.submit(_encode, texts)
+        except BrokenProcessPool as error:
+            raise _died() from error
+
+    def _first(
+        self, window: "deque[tuple[T, Future[Tokens] | Tokens]]"
+    ) -> tuple[T, Tokens]:
+        label, found = window.popleft()
+        try:
+            return label, found if isinstance(found, Tokens) else found.result()
+        except BrokenProcessPool as error:
+            raise _died() from error
+
+
+def _died() -> WorkerDied:
+    return WorkerDied(
+        "a process that tokenizes was killed, most often as the machine ran out of "
+        "memory. What is finished stays: run the same command again, with fewer "
+        "`data.workers`."
+    )
+
+
+class _one_thread:
+    """Meanwhile, the variables are set by which a new process has one thread."""
+
+    NAMES = ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+    def __enter__(self) -> None:
+        self._before = {name: os.environ.get(name) for name in self.NAMES}
+        os.environ.update(dict.fromkeys(self.NAMES, "1"))
+
+    def __exit__(self, *exception: Any) -> None:
+        for name, value in self._before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+# --- In a worker ----------------------------------------------------------------------
+
+_encoder: Encoder
+
+
+def _begin(spec: Spec, lifeline: Connection) -> None:
+    global _encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it, and ends us
+    threading.Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()
+    _encoder = Encoder(spec)
+
+
+def _end_with_parent(lifeline: Connection) -> None:
+    lifeline.poll(None)  # until the other end is closed, if only by a kill
+    os._exit(1)
+
+
+def _encode(texts: Texts) -> Tokens:
+    return _encoder(texts)
