@@ -168,4 +168,11 @@ def _runs(rows: Any, source: str, column: str) -> Iterator[Any]:
 
 
 def _python(run: Any) -> list[Any]:
-    return run if isinstance(run, list) else run.to_pylist()
+    if isinstance(run, list):
+        return run
+    import pyarrow
+
+    found = run.to_pylist()
+    if isinstance(run.type, pyarrow.JsonType):  # values of several kinds, each as JSON
+        found = [None if value is None else json.loads(value) for value in found]
+    return found
