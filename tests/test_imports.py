@@ -24,7 +24,8 @@ ORDER = (
     ("data.sources",),
     ("data.corpus", "data.store", "data.tokenizer"),
     ("losses", "models.layers", "models.scan", "data.windows"),
-    ("data.examples", "guard", "hub", "models.kernels", "models.ring"),
+    ("data.examples", "data.where", "data.shown", "guard", "hub"),
+    ("models.kernels", "models.ring"),
     ("data.*", "models.attention", "models.rotary"),
     ("models.*",),  # the families, which do not know one another
     ("models",),
@@ -42,7 +43,8 @@ ORDER = (
     ("scripts.checks", "scripts.folder", "scripts.messages"),
     ("scripts.translate",),
     ("scripts.main",),
-    ("plan", "commands", "checkpoint_command"),
+    ("show_batch",),
+    ("plan", "commands", "checkpoint_command", "look"),
     ("__main__",),
 )
 

@@ -221,6 +221,10 @@ class TokenStore:
         found = self._read(self._tokens, self._spans(indices))
         return [self._checked(tokens.astype(np.int32)) for tokens in found]
 
+    def starts(self, indices: np.ndarray) -> np.ndarray:
+        """Which token of the store each of these documents begins with, int64 [n]."""
+        return self._spans(indices)[:, 0]
+
     def lengths(self, indices: np.ndarray) -> np.ndarray:
         """Number of tokens of these documents, int64 [n]."""
         spans = self._spans(indices)
