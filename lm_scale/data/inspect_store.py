@@ -17,7 +17,7 @@ from lm_scale.data.store import TokenStore
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_AT_ONCE = 1 << 20  # documents whose lengths are in memory
+_AT_ONCE = 1 << 16  # documents whose lengths are in memory
 _SAMPLE = 100  # tokens of a document that are shown
 _BAR = 30  # characters of the longest bar
 _SEED = 0  # of the random samples: the same at each call
@@ -73,7 +73,7 @@ def measure(store: TokenStore, at_once: int = _AT_ONCE) -> Lengths:
     most, longest = -1, -1
     for first in range(0, store.num_documents, at_once):
         stop = min(first + at_once, store.num_documents)
-        lengths = np.diff(store.starts(first, stop + 1))
+        lengths = store.lengths(np.arange(first, stop))
         if lengths.max() > most:
             longest = first + int(lengths.argmax())
             most = int(lengths.max())
@@ -167,8 +167,9 @@ def _samples(store: TokenStore, tokenizer, longest: int, console: Console) -> No
     drawn = np.random.default_rng(_SEED).integers(0, store.num_documents, 2).tolist()
     names = {"the first": 0, "at random": drawn[0], "at random, too": drawn[1]}
     for name, document in {**names, "the longest": longest}.items():
-        first, stop = (int(x) for x in store.starts(document, document + 2))
-        shown = store.read(first, min(stop - first, _SAMPLE))
-        more = " ..." if stop - first > _SAMPLE else ""
-        say(console, f"document {document}, {name}, {stop - first:,} tokens:")
+        number = np.array([document])
+        first, length = int(store.starts(number)[0]), int(store.lengths(number)[0])
+        shown = store.read(first, min(length, _SAMPLE))
+        more = " ..." if length > _SAMPLE else ""
+        say(console, f"document {document}, {name}, {length:,} tokens:")
         say(console, f"  {text_of(tokenizer, shown)}{more}")
