@@ -24,7 +24,7 @@ ORDER = (
     ("data.sources",),
     ("data.corpus", "data.store", "data.tokenizer"),
     ("losses", "models.layers", "models.scan", "data.windows"),
-    ("data.examples", "data.where", "data.shown", "guard", "hub"),
+    ("data.examples", "data.where", "data.shown", "data.mixture", "guard", "hub"),
     ("models.kernels", "models.ring"),
     ("data.*", "models.attention", "models.rotary"),
     ("models.*",),  # the families, which do not know one another
