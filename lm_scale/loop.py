@@ -63,7 +63,7 @@ class Loop:
             self.batches, self.mesh, config.compute.rules,
             start=step, stop=last, left_out=self.left_out,
         )  # fmt: skip
-        for batch in source:
+        for batch in self.metrics.timed(source):
             self.watchdog.begin("a train step", batch["tokens"].shape)
             state, values = self.train_step(state, batch)
             step += 1

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -19,6 +19,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from lm_scale.errors import InputError
 from lm_scale.peaks import peak_flops
 from lm_scale.wandb_run import WandbRun
+
+T = TypeVar("T")
 
 REPORTERS = ("tensorboard", "wandb")
 
@@ -60,6 +62,7 @@ class MetricsLogger:
     - `step_time_s`: mean seconds a step, pauses and the first step left out
     - `tokens_per_s`: tokens_per_step / step_time_s, of all devices together
     - `mfu`: flops_per_step / (step_time_s * devices * peak of a device), if known
+    - `data_wait`: the share of that time that the loop waited for a batch
 
     wandb gets the same as `train_<name>` and `eval_<name>`, and so do TensorBoard's
     files, in `run_dir` itself, with the metrics that `log_step` is given at each step.
@@ -105,6 +108,7 @@ class MetricsLogger:
     def __enter__(self) -> "MetricsLogger":
         self.train_time = 0.0  # s, up to window_start
         self.window_steps = 0  # since the last written line
+        self.waited = 0.0  # s, for batches, in the same time
         self.first_step_s: float | None = None  # not None: to be in the next line
         self.first_done: tuple[int, float] | None = None  # the first step, its time
         self.eval_steps: set[int] = set()  # of which metrics.jsonl has an eval line
@@ -174,6 +178,7 @@ class MetricsLogger:
         if self.first_done is None:
             self.first_step_s = now - self.window_start
             self.first_done = (step, now)
+            self.waited = 0.0
             self.train_time += self.first_step_s
             self.window_start = now
         else:
@@ -201,6 +206,7 @@ class MetricsLogger:
         if self.progress is None:
             self.print(f"step {step}/{self.total_steps} | {text}")
         self.window_start, self.window_steps, self.first_step_s = now, 0, None
+        self.waited = 0.0
 
     def log_eval(self, step: int, metrics: dict[str, float]) -> None:
         """Logs and prints what an evaluation after `step` train steps gave."""
@@ -210,6 +216,16 @@ class MetricsLogger:
             self._write(step, "eval", metrics)
             text = " | ".join(f"{name} {number(x)}" for name, x in metrics.items())
             self.print(f"step {step}/{self.total_steps} | eval: {text}")
+
+    def timed(self, batches: Iterator[T]) -> Iterator[T]:
+        """The same batches; what each makes the loop wait is told as `data_wait`."""
+        while True:
+            start = perf_counter()
+            batch = next(batches, None)
+            self.waited += perf_counter() - start
+            if batch is None:
+                return
+            yield batch
 
     def go_back(self, step: int) -> None:
         """The run goes on from an earlier step: what was logged after it is dropped."""
@@ -256,6 +272,7 @@ class MetricsLogger:
         speed = {
             "step_time_s": step_time,
             "tokens_per_s": self.tokens_per_step / step_time,
+            "data_wait": self.waited / (now - self.window_start),
         }
         if self.flops_share is not None:
             speed["mfu"] = self.flops_share / step_time
@@ -271,6 +288,8 @@ class MetricsLogger:
             parts.append(f"tokens/s {values['tokens_per_s']:,.0f}")
         if "mfu" in values:
             parts.append(f"mfu {values['mfu']:.1%}")
+        if "data_wait" in values:
+            parts.append(f"data wait {values['data_wait']:.1%}")
         # At the pace so far, pauses and all: they will come again.
         first_step, first_time = self.first_done or (step, now)
         if step > first_step:

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model is asked to predict: numpy, tokens -> example; knows no model.
+"""What a model is asked to predict: numpy, rows of tokens -> examples; knows no model.
 
-An example is a dict of equally long int32 arrays: `tokens` (the input) and `labels`
-(the targets; -100 where nothing is to be predicted). Noise is drawn from a
-counter-based generator keyed by (seed, epoch, example number), never from a stream, so
-an example is the same whoever makes it and whenever.
+The examples of a batch are int32 arrays: `tokens` [B T] (the input), `labels` [B T]
+(the targets; -100 where nothing is to be predicted), and perhaps `masked_positions`
+[B M], the places that have labels. Noise is drawn from a counter-based generator keyed
+by (seed, epoch, example number), never from a stream, so a row is the same whoever
+makes it, when, and beside which others; padding behind it changes nothing either.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +16,8 @@ import numpy as np
 from lm_scale.errors import InputError
 
 IGNORE = -100
-NoiseKey = tuple[int, int, int]  # seed, epoch, example number
-Example = dict[str, np.ndarray]
+NOWHERE = -1  # fills up `masked_positions`
+Examples = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -29,28 +31,71 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
+class NoiseKeys:
+    """What the noise of each row depends on."""
+
+    seed: int
+    epochs: np.ndarray  # whole numbers [B]
+    numbers: np.ndarray  # of the examples [B]
+
+    def draw(self, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """Two even draws from 0 ... 2**32 - 1 for each place, both uint64 [B width]."""
+        # Setting the state of one generator takes a fifth of making a new one a row.
+        generator = np.random.Philox(key=self.seed)
+        state = generator.state
+        counter = state["state"]["counter"]
+        raw = np.empty((self.numbers.size, width), np.uint64)
+        for row, epoch, number in zip(raw, self.epochs, self.numbers, strict=True):
+            counter[2:] = epoch, number
+            generator.state = state
+            row[:] = generator.random_raw(width)
+        return raw >> np.uint64(32), raw & np.uint64(0xFFFFFFFF)
+
+
+@dataclass(frozen=True)
 class CausalLM:
-    """Predict each next token. The last position has no target."""
+    """Predict each next token. The last place of a row or document has no target."""
 
     def check(self, vocabulary: Vocabulary) -> None:
         """Any vocabulary will do."""
 
-    def example(
-        self, tokens: np.ndarray, vocabulary: Vocabulary, key: NoiseKey
-    ) -> Example:
-        """tokens: int32 [T]."""
+    def examples(
+        self,
+        tokens: np.ndarray,
+        vocabulary: Vocabulary,
+        keys: NoiseKeys,
+        segments: np.ndarray | None = None,
+    ) -> Examples:
+        """tokens: int32 [B T].
+
+        segments [B T]: a number for each document of a row, 0 at padding.
+        """
         labels = np.full_like(tokens, IGNORE)
-        labels[:-1] = tokens[1:]
+        labels[:, :-1] = tokens[:, 1:]
+        if segments is not None:
+            here, after = segments[:, :-1], segments[:, 1:]
+            labels[:, :-1][(here != after) | (here == 0)] = IGNORE
         return {"tokens": tokens, "labels": labels}
 
 
 @dataclass(frozen=True)
 class MaskedLM:
-    """Predict tokens that were hidden (Devlin et al. 2019, section 3.1)."""
+    """Predict tokens that were hidden (Devlin et al. 2019, section 3.1).
+
+    `fixed_count` says how many are chosen of the n tokens of a row that are neither
+    special nor padding. False, as in BERT's description: each is drawn by itself, so
+    that their number varies. True, as in BERT's program: exactly `round(probability *
+    n)` of them (a half to the even number), and at least one if n > 0; every choice of
+    so many is equally likely. The examples then have `masked_positions` besides: the
+    chosen places in ascending order, then -1, in a row of `round(probability * T)`
+    whatever is chosen. So the model's head works at these places alone, a share
+    `probability` of its FLOPs and memory, and the loss is the same.
+    """
 
     probability: float = 0.15  # that a token which is not special has to be predicted
     masked: float = 0.8  # of those: replaced by the mask token
     random: float = 0.1  # of those: replaced by any token; the rest stay as they are
+    fixed_count: bool = False  # exactly that share of each sequence, see above
 
     def __post_init__(self):
         shares = (self.masked, self.random, self.masked + self.random)
@@ -69,26 +114,82 @@ class MaskedLM:
                 "Train one of kind `roberta` or add the token `<mask>`."
             )
 
-    def example(
-        self, tokens: np.ndarray, vocabulary: Vocabulary, key: NoiseKey
-    ) -> Example:
-        """tokens: int32 [T]. Each token is drawn by itself; special ones never."""
-        seed, epoch, number = key
-        noise = np.random.Generator(
-            np.random.Philox(key=seed, counter=[0, 0, epoch, number])
-        )
-        chosen = noise.random(tokens.shape, np.float32) < self.probability
-        chosen &= ~np.isin(tokens, vocabulary.special_ids)
-        fate = noise.random(tokens.shape, np.float32)
-        anything = noise.integers(0, vocabulary.size, tokens.shape, np.int32)
-        masks = np.full_like(tokens, vocabulary.mask_id)
-        hidden = np.where(fate < self.masked, masks, tokens)
-        swapped = (fate >= self.masked) & (fate < self.masked + self.random)
-        hidden = np.where(swapped, anything, hidden)
-        return {
-            "tokens": np.where(chosen, hidden, tokens),
+    def examples(
+        self,
+        tokens: np.ndarray,
+        vocabulary: Vocabulary,
+        keys: NoiseKeys,
+        segments: np.ndarray | None = None,
+    ) -> Examples:
+        """tokens: int32 [B T]; segments [B T]: 0 at padding."""
+        choice, fate = keys.draw(tokens.shape[1])
+        open_to_choice = ~_is_special(vocabulary)[tokens]
+        if segments is not None:
+            open_to_choice &= segments > 0
+        if self.fixed_count:
+            chosen = _smallest(choice, open_to_choice, self.probability)
+        else:
+            chosen = open_to_choice & (choice < _of_32_bits(self.probability))
+        example = {
+            "tokens": tokens.copy(),
             "labels": np.where(chosen, tokens, np.int32(IGNORE)),
         }
+        example["tokens"][chosen] = self._hide(tokens[chosen], fate[chosen], vocabulary)
+        if self.fixed_count:
+            most = max(1, round(self.probability * tokens.shape[1]))
+            example["masked_positions"] = _places(chosen, most)
+        return example
+
+    def _hide(
+        self, tokens: np.ndarray, fate: np.ndarray, vocabulary: Vocabulary
+    ) -> np.ndarray:
+        """What stands in the place of the chosen tokens [n], by their even draws."""
+        masked = _of_32_bits(self.masked)
+        swapped = _of_32_bits(self.masked + self.random)
+        # Where in its interval a draw lies tells which of all tokens it is.
+        span = max(swapped - masked, np.uint64(1))
+        anything = (fate - masked) * np.uint64(vocabulary.size) // span
+        hidden = np.where(fate < swapped, anything.astype(np.int32), tokens)
+        return np.where(fate < masked, np.int32(vocabulary.mask_id or 0), hidden)
+
+
+def _of_32_bits(share: float) -> np.uint64:
+    return np.uint64(round(share * 2**32))
+
+
+@functools.lru_cache(maxsize=4)
+def _is_special(vocabulary: Vocabulary) -> np.ndarray:
+    """bool [size]: if a token is special."""
+    table = np.zeros(max(vocabulary.size, *vocabulary.special_ids, 0) + 1, bool)
+    table[list(vocabulary.special_ids)] = True
+    return table
+
+
+def _smallest(
+    draws: np.ndarray, open_to_choice: np.ndarray, share: float
+) -> np.ndarray:
+    """bool [B T]: of the open places of each row, the share with the smallest draws."""
+    width = draws.shape[1]
+    count = open_to_choice.sum(axis=1)
+    wanted = np.clip(
+        np.rint(share * count).astype(np.int64), np.minimum(count, 1), None
+    )
+    # The place behind the draw, so that no two are equal.
+    ranks = (draws << np.uint64(31)) | np.arange(width, dtype=np.uint64)
+    ranks[~open_to_choice] = np.iinfo(np.uint64).max
+    ordered = np.sort(ranks, axis=1)
+    last = np.take_along_axis(ordered, np.maximum(wanted - 1, 0)[:, None], axis=1)
+    return open_to_choice & (ranks <= last)
+
+
+def _places(chosen: np.ndarray, most: int) -> np.ndarray:
+    """The places [B most] of what is chosen [B T], in order, then NOWHERE."""
+    rows, places = np.nonzero(chosen)
+    counts = chosen.sum(axis=1)
+    kth = np.arange(rows.size) - np.repeat(np.cumsum(counts) - counts, counts)
+    found = np.full((chosen.shape[0], most), NOWHERE, np.int32)
+    found[rows, kth] = places
+    return found
 
 
 Objective = CausalLM | MaskedLM

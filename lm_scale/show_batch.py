@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from lm_scale.console import say
-from lm_scale.data.examples import Blocks, Documents, Source
+from lm_scale.data.examples import Blocks, Documents, Pieces, Source
 from lm_scale.data.loader import HostBatch, TrainBatches
 from lm_scale.data.shown import text_of
 from lm_scale.data.where import Piece, pieces
@@ -66,6 +66,12 @@ def pieces_of(source: Source, example: int) -> list[Piece]:
     if isinstance(source, Documents):
         whole = int(source.store.lengths(np.array([example]))[0])
         return [Piece(example, 0, min(whole, source.seq_len), whole)]
+    if isinstance(source, Pieces):
+        plan, found = source.plan, []
+        for number in range(plan.rows[example], plan.rows[example + 1]):
+            first = int(plan.starts[number])
+            found += pieces(source.store, first, first + int(plan.lengths[number]))
+        return found
     assert_never(source)
 
 

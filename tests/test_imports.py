@@ -23,8 +23,9 @@ ORDER = (
     ("models.layout", "data.python_docs", "data.folders", "data.reading"),
     ("data.sources",),
     ("data.corpus", "data.store", "data.tokenizer"),
-    ("losses", "models.layers", "models.scan", "data.windows"),
-    ("data.examples", "data.where", "data.shown", "data.mixture", "guard", "hub"),
+    ("losses", "models.layers", "models.scan", "data.windows", "data.order"),
+    ("data.packing", "data.token_cache", "data.where", "data.shown", "data.mixture"),
+    ("data.examples", "guard", "hub"),
     ("models.kernels", "models.ring"),
     ("data.*", "models.attention", "models.rotary"),
     ("models.*",),  # the families, which do not know one another

@@ -11,14 +11,17 @@ from rich.console import Console
 from tiny import causal_run, masked_run
 
 from lm_scale.__main__ import main
-from lm_scale.data.store import TokenStore
+from lm_scale.data.examples import Pieces
+from lm_scale.data.packing import segmented
+from lm_scale.data.store import StoreWriter, TokenStore
+from lm_scale.data.where import Piece
 from lm_scale.data.windows import batch_number
 from lm_scale.errors import InputError
 from lm_scale.look import rows_of
 from lm_scale.objectives import IGNORE
 from lm_scale.run_json import note, write_config
 from lm_scale.runs import open_train, prepare_data, some_mesh
-from lm_scale.show_batch import marked
+from lm_scale.show_batch import marked, pieces_of
 
 CONFIG = """
 from pathlib import Path
@@ -126,6 +129,19 @@ def test_show_tells_segments_and_padding(made, capsys):
     padding = (batch["segments"] == 0).sum()
     assert sum(map(int, re.findall(r"padding: (\d+) tokens", out))) == padding > 0
     assert out.count("segment 1, document ") == 16
+
+
+def test_show_tells_the_documents_of_a_planned_row(tmp_path):
+    with StoreWriter(tmp_path / "s", vocab_size=10) as writer:
+        writer.append([np.full(n, n) for n in (3, 9, 0, 2, 6)])
+        writer.finish(tokenizer_hash="", separator=None, source={})
+    store = TokenStore.open(tmp_path / "s")
+    plan = segmented(np.array([0, 3, 12, 12, 14, 20]), 8)
+    source = Pieces(store, 8, plan)
+    assert pieces_of(source, 0) == [Piece(0, 0, 3, 3), Piece(1, 0, 5, 9)]
+    assert pieces_of(source, 1) == [
+        Piece(1, 5, 4, 9), Piece(3, 0, 2, 2), Piece(4, 0, 2, 6),
+    ]  # fmt: skip
 
 
 def test_show_leaves_out_what_the_run_leaves_out(made, capsys):

@@ -109,6 +109,25 @@ def test_time_of_the_first_step_and_of_pauses_does_not_count(tmp_path, clock):
     assert [line.get("time") for line in (evaluation, third, fourth)] == [None, 13, 21]
 
 
+def test_data_wait_is_the_share_of_the_time_since_the_line_before(tmp_path, clock):
+    def batches():
+        for seconds in (30, 1, 2, 0, 4):  # the first ones belong to the first step
+            clock.now += seconds
+            yield "batch"
+        clock.now += 3
+
+    with logger(tmp_path) as log:
+        for step, batch in enumerate(log.timed(batches()), 1):
+            assert batch == "batch"
+            clock.now += 3
+            with log.pause():
+                clock.now += 50
+            log.log_step(step, {}, write=step in (1, 3, 5))
+    waits = [line.get("data_wait") for line in read_lines(tmp_path)]
+    assert waits == [None, 3 / 9, 4 / 10]
+    assert read_scalars(tmp_path)["train_data_wait", 5] == pytest.approx(0.4)
+
+
 def test_first_step_is_reported_when_a_later_one_is_written(tmp_path, clock):
     with logger(tmp_path, start_step=7) as log:
         for step in (8, 9, 10):
@@ -260,7 +279,8 @@ def test_plain_lines_when_not_a_terminal(tmp_path, clock, capsys, monkeypatch):
         log.print("[saved] 3")
     assert capsys.readouterr().out.splitlines() == [
         "step 1/20 | loss 1.2500 | lr 3.00e-04 | first step 300.0 s",
-        "step 3/20 | loss 1.2500 | lr 3.00e-04 | tokens/s 1 | left 1:25:00",
+        "step 3/20 | loss 1.2500 | lr 3.00e-04 | tokens/s 1 | data wait 0.0% | "
+        "left 1:25:00",
         "step 3/20 | eval: loss 1.5000",
         "[saved] 3",
     ]

@@ -348,7 +348,9 @@ def arrays(run: Path) -> dict[str, bytes]:
 
 def metrics(run: Path) -> list[dict]:
     """The lines of metrics.jsonl, but for what the clock says."""
-    clock = ("unix_time", "time", "first_step_s", "step_time_s", "tokens_per_s")
+    clock = (
+        "unix_time", "time", "first_step_s", "step_time_s", "tokens_per_s", "data_wait",
+    )  # fmt: skip
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [
         {name: value for name, value in json.loads(line).items() if name not in clock}

@@ -10,6 +10,7 @@ devices hold.
 """
 
 import bisect
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,11 +20,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from lm_scale.data.examples import Source
+from lm_scale.data.order import shuffled
 from lm_scale.data.windows import batch_number
-from lm_scale.objectives import IGNORE, Objective, Vocabulary
+from lm_scale.objectives import IGNORE, NoiseKeys, Objective, Vocabulary
 from lm_scale.sharding import Rules
 
-HostBatch = dict[str, np.ndarray]  # int32 [rows T]: some rows of a global batch
+HostBatch = dict[str, np.ndarray]  # int32 [rows T or M]: some rows of a global batch
+AHEAD = 1  # batches that are on their way to the devices while a step runs
 
 
 class Batches:
@@ -41,44 +44,19 @@ class Batches:
         self.source, self.objective, self.vocabulary = source, objective, vocabulary
         self.batch, self.seed, self.examples = batch, seed, len(source)
 
-    def order(self, epoch: int, places: np.ndarray) -> np.ndarray:
-        """Numbers of the examples that stand at these places of an epoch's order."""
-        (key,) = np.random.SeedSequence((self.seed, epoch)).generate_state(1)
-        last = self.examples - 1
-        shuffle = grain.experimental.index_shuffle
-        numbers = [
-            shuffle(int(i), max_index=last, seed=int(key), rounds=4) for i in places
-        ]
-        return np.array(numbers, np.int64)
-
     def make(self, epochs: np.ndarray, numbers: np.ndarray, width: int) -> HostBatch:
         """Examples by number, with the noise of their epochs; rows in that order.
 
-        Shorter examples are padded to `width`. Where the source has such, `segments`
-        is 1 at their tokens and 0 at the padding.
+        Shorter examples are padded to `width`. Where rows hold padding or several
+        documents there are `segments`, and `positions` if these begin anew in each.
         """
-        texts = self.source.read(numbers)
-        rows = [
-            self.objective.example(
-                tokens, self.vocabulary, (self.seed, int(epoch), int(number))
-            )
-            for tokens, epoch, number in zip(texts, epochs, numbers, strict=True)
-        ]
-        fill = {"tokens": self.vocabulary.pad_id or 0, "labels": IGNORE}
-        batch = {
-            name: np.stack([_padded(row[name], width, value) for row in rows])
-            for name, value in fill.items()
-        }
-        if self.source.padded:
-            lengths = np.array([tokens.size for tokens in texts])
-            real = np.arange(width) < lengths[:, None]
-            batch["segments"] = real.astype(np.int32)
-        return batch
-
-
-def _padded(values: np.ndarray, width: int, fill: int) -> np.ndarray:
-    missing = width - values.size
-    return np.pad(values, (0, missing), constant_values=fill) if missing else values
+        rows = self.source.read(numbers, width, self.vocabulary.pad_id or 0)
+        keys = NoiseKeys(self.seed, epochs, numbers)
+        batch = self.objective.examples(
+            rows.tokens, self.vocabulary, keys, rows.segments
+        )
+        placed = {"segments": rows.segments, "positions": rows.positions}
+        return batch | {name: x for name, x in placed.items() if x is not None}
 
 
 class TrainBatches(Batches):
@@ -91,7 +69,9 @@ class TrainBatches(Batches):
         numbers = np.empty_like(places)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            numbers[here] = self.order(int(epoch), places[here] % self.examples)
+            numbers[here] = shuffled(
+                places[here] % self.examples, self.examples, (self.seed, int(epoch))
+            )
         return epochs, numbers
 
     def rows(self, step: int, rows: Sequence[int]) -> HostBatch:
@@ -148,8 +128,9 @@ def device_batches(
 ) -> Iterator[dict[str, jax.Array]]:
     """The global batches of steps start .. stop - 1, int32 [batch T] on the mesh.
 
-    Made ahead of time by threads; each process reads the rows of its own devices.
-    left_out: `Windows` of batch numbers that no step gets.
+    Made ahead of time by threads, and the next one is sent to the devices before it is
+    asked for; each process reads the rows of its own devices. left_out: `Windows` of
+    batch numbers that no step gets.
     """
     if start >= stop:
         return
@@ -161,12 +142,22 @@ def device_batches(
         batches, rows, stop, left_out
     )  # all that grain asks of a source
     source = grain.MapDataset.source(local)
-    sharding = NamedSharding(mesh, rules.spec("batch", "seq"))
+    by_token = NamedSharding(mesh, rules.spec("batch", "seq"))
+    # Those of a row that has been cut are known to all devices that share it.
+    shardings = {"masked_positions": NamedSharding(mesh, rules.spec("batch", None))}
+    sent: deque[dict[str, jax.Array]] = deque()
     for host in source[start:].to_iter_dataset(options):
-        yield {
-            name: _global(x, rows, (batches.batch, x.shape[1]), sharding)
-            for name, x in host.items()
-        }
+        sent.append(
+            {
+                name: _global(
+                    x, rows, (batches.batch, x.shape[1]), shardings.get(name, by_token)
+                )
+                for name, x in host.items()
+            }
+        )
+        if len(sent) > AHEAD:
+            yield sent.popleft()
+    yield from sent
 
 
 def _global(local: np.ndarray, rows: list[int], shape, sharding) -> jax.Array:

@@ -247,13 +247,16 @@ class TokenStore:
 
     def _read(self, array, spans: np.ndarray) -> list[np.ndarray]:
         """The values from the first to before the second place of each span [n 2]."""
+        joined, runs, firsts, lasts = _joined(spans)
         # One batch: spans of one shard share a file read, and all run concurrently.
         with ts.Batch() as batch:
-            reads = [array[a:b].read(batch=batch) for a, b in spans.tolist()]
+            reads = [array[a:b].read(batch=batch) for a, b in joined.tolist()]
         try:
-            return [read.result() for read in reads]
+            found = [read.result() for read in reads]
         except (OSError, ValueError, RuntimeError) as error:
             raise self._damaged(one_line(error)) from error
+        within = zip(runs, firsts, lasts, strict=True)
+        return [found[run][a:b] for run, a, b in within]
 
     def _checked(self, tokens: np.ndarray) -> np.ndarray:
         """The same tokens. An embedding would take the last row for those too high."""
@@ -267,6 +270,27 @@ class TokenStore:
             f"the token store {self.path} is damaged: {what}. Put a whole copy there, "
             "or delete it and run `prepare` again."
         )
+
+
+def _joined(spans: np.ndarray):
+    """Spans [n 2] that overlap or touch, as one: a read costs some 20 µs, any length.
+
+    The joined ones [m 2]; and of each span which of them it is in, and its two places
+    there, as lists.
+    """
+    spans = spans.reshape(-1, 2)
+    order = np.argsort(spans[:, 0], kind="stable")
+    starts, stops = spans[order].T
+    reach = np.maximum.accumulate(stops)  # the last place that was read so far
+    new = np.ones(starts.size, bool)
+    new[1:] = starts[1:] > reach[:-1]
+    begins = np.flatnonzero(new)
+    ends = np.append(begins[1:], starts.size) - 1 if starts.size else begins
+    joined = np.stack([starts[begins], reach[ends]], axis=1)
+    run = np.empty(starts.size, np.int64)
+    run[order] = np.cumsum(new) - 1
+    inside = spans - joined[run, :1]
+    return joined, run.tolist(), *inside.T.tolist()
 
 
 def read_manifest(path: str | Path) -> Manifest | None:

@@ -46,15 +46,16 @@ def documents(store, *, seq_len=SEQ, pad=False, multiple=16, most=None):
 
 def test_a_document_is_cut_as_the_tokenizer_cuts_it(store):
     """The end-of-text token stays, as with `truncation=True` in transformers."""
-    short, cut, exact = documents(store).read(np.array([0, 1, 3]))
-    np.testing.assert_array_equal(short, document(0))
+    rows = documents(store).read(np.array([0, 1, 3]), SEQ, PAD)
+    short, cut, exact = rows.tokens
+    np.testing.assert_array_equal(short, [*document(0), *[PAD] * (SEQ - LENGTHS[0])])
     np.testing.assert_array_equal(cut, [*document(1)[: SEQ - 1], EOS])
     np.testing.assert_array_equal(exact, document(3))
 
 
 def test_a_document_without_a_last_special_token_is_just_cut(tmp_path):
     store = write(tmp_path / "s", [np.arange(100, 110)])
-    (tokens,) = documents(store, seq_len=4).read(np.array([0]))
+    (tokens,) = documents(store, seq_len=4).read(np.array([0]), 4, PAD).tokens
     assert tokens.tolist() == [100, 101, 102, 103]
 
 

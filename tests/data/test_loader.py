@@ -136,66 +136,6 @@ def test_one_example_is_enough(store):
     np.testing.assert_array_equal(tokens, np.tile(np.arange(TOKENS) + 10, (4, 1)))
 
 
-# --- How random the order is ----------------------------------------------------------
-
-
-def order(examples, *, seed, epoch=0, places=None):
-    blank = SimpleNamespace(num_tokens=examples, path="")
-    batches = train_batches(blank, seq_len=1, seed=seed)
-    return batches.order(epoch, np.arange(examples) if places is None else places)
-
-
-def correlation(a, b):
-    """In units of its standard deviation for independent orders."""
-    return np.corrcoef(a, b)[0, 1] * np.sqrt(a.size)
-
-
-@pytest.mark.parametrize("seed", [0, 1, 42])
-def test_the_order_looks_like_a_random_permutation(seed):
-    """Bounds: 4 standard deviations of each statistic for a true random permutation."""
-    n = 10_000
-    found = order(n, seed=seed)
-    place = np.arange(n)
-    assert np.array_equal(np.sort(found), place)
-    # Total displacement (Spearman's footrule): Diaconis and Graham 1977.
-    footrule = np.abs(found - place).sum()
-    sigma = np.sqrt((n + 1) * (2 * n**2 + 7) / 45)
-    assert abs(footrule - (n**2 - 1) / 3) < 4 * sigma
-    # From which 20th of the text to which 20th of the epoch: chi-square, 19² degrees.
-    table = np.zeros((20, 20))
-    np.add.at(table, (place * 20 // n, found * 20 // n), 1)
-    chi_square = np.sum((table - n / 400) ** 2 / (n / 400))
-    assert abs(chi_square - 361) < 4 * np.sqrt(2 * 361)
-    # Neighbours in the text stay neighbours twice in a random order (Poisson).
-    assert np.sum(np.abs(np.diff(found)) == 1) <= 2 + 4 * np.sqrt(2)
-    # One place tells nothing of the next, of the next epoch or of another seed.
-    next_epoch, next_seed = order(n, seed=seed, epoch=1), order(n, seed=seed + 1)
-    for a, b in (
-        (found, place),
-        (found[1:], found[:-1]),
-        (found, next_epoch),
-        (found, next_seed),
-    ):
-        assert abs(correlation(a, b)) < 4
-
-
-def test_the_first_batches_of_a_huge_epoch_come_from_all_of_it():
-    n, drawn = 30_000_000, 10_000
-    found = order(n, seed=42, places=np.arange(drawn))
-    assert len(set(found.tolist())) == drawn
-    counts = np.bincount(found * 50 // n, minlength=50)
-    chi_square = np.sum((counts - drawn / 50) ** 2 / (drawn / 50))
-    assert abs(chi_square - 49) < 4 * np.sqrt(2 * 49)
-    assert abs(correlation(found[1:], found[:-1])) < 4
-
-
-def test_a_small_epoch_starts_anywhere():
-    first = [order(70, seed=42, epoch=epoch, places=[0])[0] for epoch in range(2100)]
-    counts = np.bincount(np.array(first) // 10, minlength=7)
-    chi_square = np.sum((counts - 300) ** 2 / 300)
-    assert abs(chi_square - 6) < 4 * np.sqrt(2 * 6)
-
-
 # --- Evaluation -----------------------------------------------------------------------
 
 

@@ -27,6 +27,7 @@ from tiny import WORDS, masked_run, write_corpus
 from lm_scale import hf, shapes, trainer
 from lm_scale.__main__ import main
 from lm_scale.data import store as token_store
+from lm_scale.data import token_cache
 from lm_scale.data.corpus import CorpusConfig, documents
 from lm_scale.data.store import StoreWriter, TokenStore, read_manifest
 from lm_scale.data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
@@ -102,7 +103,8 @@ def test_zeros_are_tokens_not_a_missing_shard(tmp_path):
 
 def test_a_shard_that_vanishes_in_a_run(tmp_path, monkeypatch, capfd):
     """One message, and the run goes on once the shard is back."""
-    monkeypatch.setattr(token_store, "CACHE_BYTES", 0)  # as of a store above 256 MB
+    for module, name in ((token_store, "CACHE_BYTES"), (token_cache, "BYTES")):
+        monkeypatch.setattr(module, name, 0)  # as of a store above 256 MB
     shard, make_step = tmp_path / "run/data/train/tokens/c/0", trainer.make_train_step
 
     def make_train_step(*given, **named):

@@ -16,7 +16,7 @@ import pytest
 import sapiens
 from flax import nnx
 
-from lm_scale.objectives import IGNORE, MaskedLM
+from lm_scale.objectives import IGNORE, MaskedLM, NoiseKeys
 from lm_scale.sharding import MeshShape, make_mesh
 from lm_scale.step import make_eval_step
 
@@ -91,11 +91,9 @@ def one_by_one(chain):
 def masked_at_random(chain):
     """Draws of the 15 % that our objective hides."""
     tokens = sapiens.encode(chain)
-    examples = [
-        MaskedLM().example(tokens, sapiens.VOCABULARY, (7, draw, 0))
-        for draw in range(DRAWS)
-    ]
-    return {name: np.stack([x[name] for x in examples]) for name in examples[0]}
+    keys = NoiseKeys(7, np.arange(DRAWS), np.zeros(DRAWS, np.int64))
+    rows = np.tile(tokens, (DRAWS, 1))
+    return MaskedLM().examples(rows, sapiens.VOCABULARY, keys)
 
 
 @real_weights
