@@ -43,6 +43,8 @@ usage: lm-scale COMMAND ...
   config NAME --out FOLDER [key=value ...]          write a model's config.json
   prepare CONFIG [--field value ...]    make the run's tokenizer and token stores
   prepare --verify CONFIG|STORE         read stores against their checksums
+  prepare --inspect CONFIG|STORE        what token stores hold: counts, lengths, samples
+  data show CONFIG|RUN_DIR --step N     the batch that a step trains on, as text
   eval RUN_DIR                          loss on the held-out split
   generate RUN_DIR [--prompt ...]       continue a text, or fill in its masks
   export RUN_DIR [--out FOLDER]         write a Hugging Face model
@@ -123,7 +125,7 @@ def main(argv: list[str] | None = None, *, script: str | None = None) -> int:
 
 def run(command: str, argv: list[str], script: str | None) -> int:
     """One command, on all the processes that it was started on."""
-    if command in ALONE:
+    if COMMANDS.get(command) in ALONE:
         return COMMANDS[command](argv)
     from lm_scale.connect import connect
     from lm_scale.distributed import finish
@@ -238,11 +240,14 @@ same command again goes on from the parts that are finished.
                        tokenizer. Tasks of a Slurm array, pods of an indexed Kubernetes
                        Job (with --world) and processes of jax.distributed know their
                        rank; --world 1: do it all.
+  --inspect            shows what the stores of the config, or those in a folder, hold
   --verify             reads the stores of the config, or the store at a path, against
                        their checksums; exit status 1 if something is damaged"""
 
 
 def prepare(argv: list[str]) -> int:
+    if "--inspect" in argv:
+        return inspect([word for word in argv if word != "--inspect"])
     flags, argv = prepare_flags(argv)
     if "verify" in flags:
         return verify_stores(argv)
@@ -303,6 +308,24 @@ def verify_stores(argv: list[str]) -> int:
 
     console = Console()
     return 0 if all([verify(path, console) for path in stores_at(where)]) else 1
+
+
+def inspect(argv: list[str]) -> int:
+    from rich.console import Console
+
+    from lm_scale.look import inspect_command
+
+    return inspect_command(argv, Console())
+
+
+def data(argv: list[str]) -> int:
+    import jax
+    from rich.console import Console
+
+    from lm_scale.look import show_command
+
+    jax.config.update("jax_platforms", "cpu")  # a trainer may have the accelerators
+    return show_command(argv, Console())
 
 
 def launch(argv: list[str]) -> int:
@@ -463,20 +486,16 @@ def rules(argv: list[str]) -> int:
     return 0
 
 
-# Those that are always a single process.
-ALONE = ("tokenizer", "config", "rules", "checkpoint", "launch")
+# By the names of their functions; `config_` and `eval_` would hide other things.
 COMMANDS = {
-    "rules": rules,
-    "train": train,
-    "tokenizer": tokenizer,
-    "config": config_,
-    "prepare": prepare,
-    "eval": eval_,
-    "generate": generate_,
-    "export": export,
-    "checkpoint": checkpoint,
-    "launch": launch,
-}
+    function.__name__.rstrip("_"): function
+    for function in (
+        rules, train, tokenizer, config_, prepare, data, eval_, generate_, export,
+        checkpoint, launch,
+    )
+}  # fmt: skip
+# Those that are always a single process.
+ALONE = (tokenizer, config_, rules, data, checkpoint, launch)
 
 if __name__ == "__main__":
     sys.exit(main())

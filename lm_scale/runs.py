@@ -273,10 +273,7 @@ def open_run(run_dir: str) -> OpenRun:
     # What a run was told to use may not run here.
     compute = dataclasses.replace(config.compute, attention="auto")
     config = dataclasses.replace(config, compute=compute)
-    try:
-        mesh = make_mesh(config.mesh)
-    except InputError:  # trained on another number of devices
-        mesh = make_mesh(FULLY_SHARDED)
+    mesh = some_mesh(config)
     attention, _ = config.choose_attention(mesh)
     compute = dataclasses.replace(compute, attention=attention)
     model = build_model(config.model, compute)
@@ -288,6 +285,14 @@ def open_run(run_dir: str) -> OpenRun:
     target = abstract_params(model, config.compute.rules, mesh)
     params = restore_params(CheckpointFolder(config.checkpoints), target)
     return OpenRun(config, mesh, model, params, tokenizer)
+
+
+def some_mesh(config: RunConfig) -> Mesh:
+    """The run's mesh if it fits the devices there are, else one that does."""
+    try:
+        return make_mesh(config.mesh)
+    except InputError:  # trained on another number of devices
+        return make_mesh(FULLY_SHARDED)
 
 
 def held_out_loss(run: OpenRun) -> dict[str, float]:

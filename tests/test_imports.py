@@ -28,8 +28,9 @@ ORDER = (
     ("data.duplicates", "data.progress"),
     ("data.work",),
     ("losses", "models.layers", "models.scan", "data.windows", "data.order"),
-    ("data.packing", "data.token_cache"),
-    ("data.examples", "guard", "hub", "models.kernels", "models.ring"),
+    ("data.packing", "data.token_cache", "data.where", "data.shown", "data.mixture"),
+    ("data.examples", "guard", "hub"),
+    ("models.kernels", "models.ring"),
     ("data.*", "models.attention", "models.rotary"),
     ("models.*",),  # the families, which do not know one another
     ("models",),
@@ -47,7 +48,8 @@ ORDER = (
     ("scripts.checks", "scripts.folder", "scripts.messages"),
     ("scripts.translate",),
     ("scripts.main",),
-    ("plan", "commands", "checkpoint_command"),
+    ("show_batch",),
+    ("plan", "commands", "checkpoint_command", "look"),
     ("__main__",),
 )
 

@@ -263,6 +263,11 @@ class TokenStore:
         found = self._read("tokens", parts, spans)
         return [self._checked(tokens.astype(np.int32)) for tokens in found]
 
+    def starts(self, indices: np.ndarray) -> np.ndarray:
+        """Places of the first tokens of these documents, int64 [n]."""
+        parts, spans = self._spans(indices)
+        return spans[:, 0] + self._first_tokens[parts]
+
     def lengths(self, indices: np.ndarray) -> np.ndarray:
         """Number of tokens of these documents, int64 [n]. Of a range: one read a part.
 

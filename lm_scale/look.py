@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Looking at data: `lm-scale prepare --inspect` and `lm-scale data show`.
+
+Neither needs the run's devices, or its model.
+"""
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from lm_scale.checkpoint_folder import CheckpointFolder, has_checkpoints
+from lm_scale.config import RunConfig, load_config
+from lm_scale.console import say
+from lm_scale.data.inspect_store import inspect
+from lm_scale.data.shown import tokenizer_of
+from lm_scale.data.store import TokenStore, read_manifest
+from lm_scale.data.tokenizer import load_tokenizer
+from lm_scale.data.windows import Windows, batch_number
+from lm_scale.errors import InputError
+from lm_scale.run_json import noted, read_run
+from lm_scale.runs import open_train, some_mesh
+from lm_scale.show_batch import Shown, show
+
+INSPECT = """\
+usage: lm-scale prepare --inspect CONFIG [--field value ...]
+       lm-scale prepare --inspect RUN_DIR|STORE [--seq-len TOKENS]
+
+Shows what the token stores of a run hold, or those in a folder: documents, tokens, a
+histogram of lengths, samples.
+"""
+SHOW = """\
+usage: lm-scale data show CONFIG|RUN_DIR --step N [--rows A:B] [--field value ...]
+
+Prints the batch that a step of the run trains on, as text: for each row its epoch and
+example, and the documents that it holds. Steps are counted from 1, as the logs count
+them; rows, examples and documents from 0.
+
+  --step N     the step
+  --rows A:B   rows A to before B of the batch only, as in Python (default: all)
+"""
+
+
+# --- prepare --inspect ----------------------------------------------------------------
+
+
+def inspect_command(argv: list[str], console: Console) -> int:
+    """`argv`: what follows `prepare`, without `--inspect`. Raises InputError."""
+    if not argv or {"-h", "--help"} & set(argv):
+        say(console, INSPECT.rstrip())
+        if not argv:
+            raise InputError("expected a config file, a run or a token store.")
+        return 0
+    where, rest = argv[0], argv[1:]
+    if Path(where).is_file():
+        config = _config(where, rest, "prepare --inspect")
+        return _inspect_all(config.store_dir, config.seq_len, console)
+    parser = argparse.ArgumentParser(
+        "lm-scale prepare --inspect", usage=INSPECT, allow_abbrev=False
+    )
+    parser.add_argument("--seq-len", type=int)
+    seq_len = parser.parse_args(rest).seq_len
+    if (Path(where) / "run.json").is_file():
+        config = read_run(where)
+        return _inspect_all(config.store_dir, seq_len or config.seq_len, console)
+    return _inspect_all(where, seq_len, console)
+
+
+def _inspect_all(where: str, seq_len: int | None, console: Console) -> int:
+    for path in stores_of(where):
+        store = TokenStore.open(path)
+        inspect(store, tokenizer_of(store), seq_len, console)
+    return 0
+
+
+def stores_of(where: str) -> list[str]:
+    """The store at a path or url, or those in the folder; InputError if there is none.
+
+    Below a url nothing is looked for.
+    """
+    if read_manifest(where) is not None:
+        return [where]
+    found: list[str] = []
+    if "://" not in where:
+        names = (
+            "*/manifest.json",
+            "*/train/manifest.json",
+            "*/validation/manifest.json",
+        )
+        paths = {path for name in names for path in Path(where).glob(name)}
+        found = [str(path.parent) for path in sorted(paths)]
+    if not found:
+        raise InputError(
+            f"{where} holds no complete token store: expected a config file, or the "
+            "folder of a run or of a store. Run `lm-scale prepare CONFIG` first."
+        )
+    return found
+
+
+# --- data show ------------------------------------------------------------------------
+
+
+def show_command(argv: list[str], console: Console) -> int:
+    """`argv`: what follows `data`. Raises InputError."""
+    if not argv or {"-h", "--help"} & {argv[0], *argv[1:2]}:
+        say(console, SHOW.rstrip())
+        if not argv:
+            raise InputError("expected `show`.")
+        return 0
+    if argv[0] != "show":
+        raise InputError(f"expected `show`, got {argv[0]!r}.\n\n{SHOW}")
+    if len(argv) < 2 or argv[1].startswith("-"):
+        raise InputError(f"expected a config file or the folder of a run.\n\n{SHOW}")
+    parser = argparse.ArgumentParser(
+        "lm-scale data show", usage=SHOW, allow_abbrev=False, add_help=False
+    )
+    parser.add_argument("--step", type=int, required=True)
+    parser.add_argument("--rows", default=":")
+    options, overrides = parser.parse_known_args(argv[2:])
+    config = _config(argv[1], overrides, "data show")
+    rows = rows_of(options.rows, config.batch)
+    show_step(config, options.step, rows, console)
+    return 0
+
+
+def rows_of(text: str, batch: int) -> range:
+    """The rows of a batch that `A:B` means, as in Python; `A` is one row."""
+    try:
+        ends = [int(end) if end else None for end in text.split(":")]
+        if len(ends) == 1 and ends[0] is not None and 0 <= ends[0] < batch:
+            return range(ends[0], ends[0] + 1)
+        found = range(batch)[slice(*ends)] if len(ends) == 2 else range(0)
+    except ValueError:
+        found = range(0)
+    if not found:
+        raise InputError(
+            f"--rows {text}: expected A:B, rows A to before B of the batch's {batch}, "
+            f"such as 0:{min(4, batch)}."
+        )
+    return found
+
+
+def show_step(config: RunConfig, step: int, rows: range, console: Console) -> None:
+    """Prints these rows of the batch that a step, counted from 1, trains on.
+
+    Raises InputError if the run has no such step, or no token store yet.
+    """
+    folder = Path(config.store_dir)
+    if read_manifest(folder / "train") is None:
+        raise InputError(
+            f"{folder / 'train'} holds no complete token store: run `lm-scale prepare` "
+            "with the same config first."
+        )
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    batches = open_train(config, tokenizer, some_mesh(config))
+    last = config.total_steps(batches.examples)
+    if not 1 <= step <= last:
+        raise InputError(f"--step {step}: expected 1 to {last}, the steps of the run.")
+    left_out = windows_of(config)
+    number = batch_number(step - 1, left_out)
+    if left_out:
+        windows = ", ".join(f"{first} to {stop - 1}" for first, stop in left_out)
+        say(console, f"The run leaves out the batches {windows} (counted from 0).")
+    say(console, f"step {step} of {last} trains on batch {number} (counted from 0): "
+        f"{config.batch} rows")  # fmt: skip
+    show(Shown(batches, tokenizer, number), rows, console)
+
+
+def windows_of(config: RunConfig) -> Windows:
+    """The batches that the run leaves out by now, after rollbacks."""
+    windows = noted(config.run_dir).get("left_out")
+    if windows is None and has_checkpoints(config.checkpoints):
+        found = CheckpointFolder(config.checkpoints).manifests()
+        windows = found[max(found)].left_out if found else None
+    return tuple((first, stop) for first, stop in windows or ())
+
+
+def _config(where: str, overrides: list[str], command: str) -> RunConfig:
+    """The config of a file, with overrides, or that of the run in a folder."""
+    if not Path(where).is_dir():
+        config = load_config(where, overrides, prog=f"lm-scale {command}")
+    elif overrides:
+        raise InputError(
+            f"{where} is the folder of a run, whose config is what it is, but "
+            f"{overrides[0]} was given. Leave it out, or name a config file."
+        )
+    else:
+        config = read_run(where)
+    config.check()
+    return config
