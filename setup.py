@@ -48,6 +48,7 @@ setup(
             "gcsfs>=2026",
             "gcp-storage-emulator>=2026",
             "kubernetes-validate>=1.37",
+            "hypothesis>=6.100",
         ],
         "gcs": ["gcsfs>=2026"],
         "tpu": ["jax[tpu]>=0.10.2"],
