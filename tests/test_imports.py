@@ -30,7 +30,7 @@ ORDER = (
     ("losses", "models.layers", "models.scan", "data.windows", "data.order"),
     ("data.packing", "data.token_cache", "data.where", "data.shown", "data.mixture"),
     ("data.examples", "guard", "hub"),
-    ("models.kernels", "models.ring"),
+    ("data.mixed", "models.kernels", "models.ring"),
     ("data.*", "models.attention", "models.rotary"),
     ("models.*",),  # the families, which do not know one another
     ("models",),
