@@ -85,6 +85,13 @@ class TrainBatches(Batches):
         )
         return self.make(*self.place(step, rows), width)
 
+    def epochs(self, batches: int) -> dict[str, float]:
+        """How often the first so many batches show each source; "": the only one."""
+        examples = batches * self.batch
+        if isinstance(self.source, Mixed):
+            return self.source.epochs(examples)
+        return {"": examples / self.examples}
+
 
 class EvalBatches(Batches):
     """Each example once, in order, with the same noise every time."""

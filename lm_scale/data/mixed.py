@@ -14,6 +14,7 @@ import numpy as np
 from lm_scale.data.examples import Rows, Source
 from lm_scale.data.mixture import Mixture
 from lm_scale.data.order import shuffled
+from lm_scale.data.store import TokenStore
 from lm_scale.errors import InputError
 
 
@@ -101,3 +102,17 @@ class Mixed:
             name: count / len(source)
             for count, (name, source) in zip(taken, self.sources.items(), strict=True)
         }
+
+
+def stores_of(source: Source | Mixed) -> dict[str, tuple[TokenStore, float]]:
+    """The token stores by the names of their sources, with their shares, 0 to 1.
+
+    One source that is no mixture has the name "".
+    """
+    if not isinstance(source, Mixed):
+        return {"": (source.store, 1.0)}
+    shares = source.mixture.shares.tolist()
+    return {
+        name: (one.store, share)
+        for (name, one), share in zip(source.sources.items(), shares, strict=True)
+    }
