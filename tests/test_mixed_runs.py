@@ -46,7 +46,9 @@ def mixed_run(folder: Path, **changes) -> RunConfig:
     books.write_text("".join(f"a red cat and {i} hats sat\n" for i in range(60)))
     small = CorpusConfig(source=str(books), validation_fraction=0.2)
     mixture = (Share("web", 3, config.data.corpus), Share("books", 1, small))
-    data = dataclasses.replace(config.data, corpus=CorpusConfig(), mixture=mixture)
+    data = dataclasses.replace(
+        config.data, corpus=CorpusConfig(), mixture=mixture, workers=1
+    )
     return dataclasses.replace(config, data=data)
 
 
