@@ -295,19 +295,20 @@ def verify_stores(argv: list[str]) -> int:
     """`prepare --verify`; 1 if a store is damaged."""
     if argv and argv[0].endswith(".py"):
         config = config_from("prepare --verify", PREPARE_HELP, argv)
-        where = None if config is None else config.store_dir
+        if config is None:
+            return 0
+        where = [os.path.join(config.store_dir, name) for name in config.corpora]
     elif len(argv) == 1 and not argv[0].startswith("-"):
-        where = argv[0]
+        where = argv
     else:
         raise InputError("--verify: expected a config file or the path of a store.")
-    if where is None:
-        return 0
     from rich.console import Console
 
     from lm_scale.data.verify import stores_at, verify
 
     console = Console()
-    return 0 if all([verify(path, console) for path in stores_at(where)]) else 1
+    stores = [store for path in where for store in stores_at(path)]
+    return 0 if all([verify(store, console) for store in stores]) else 1
 
 
 def inspect(argv: list[str]) -> int:

@@ -30,9 +30,10 @@ def compare(
 ) -> Changes:
     """The differences of two configs, as nested mappings of JSON values.
 
-    Names are dotted; that of a part stands for all that is in it. Fields in `override`
-    and in `free` may differ, and `steps` and `epochs` may grow. What is in `silent` is
-    not even told. fixed: fields that no override can change, with the reason.
+    Names are dotted; that of a part stands for all that is in it, and one without the
+    numbers for all items of a list. Fields in `override` and in `free` may differ, and
+    `steps` and `epochs` may grow. What is in `silent` is not even told.
+    fixed: fields that no override can change, with the reason.
     step: where the run is, which `steps` cannot go below; None: not known.
     """
     old, new = flatten(there), flatten(here)
@@ -65,7 +66,13 @@ def compare(
 
 def covers(names: Collection[str], name: str) -> bool:
     """If a field, or a part of the config that it is in, is among the names."""
-    return any(name == x or name.startswith(f"{x}.") for x in names)
+    forms = {name, without_numbers(name)}
+    return any(form == x or form.startswith(f"{x}.") for x in names for form in forms)
+
+
+def without_numbers(name: str) -> str:
+    """`data.mixture.0.weight` as `data.mixture.weight`: of any item of the list."""
+    return ".".join(part for part in name.split(".") if not part.isdecimal())
 
 
 def _impossible(

@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 from jax.sharding import AbstractMesh, Mesh
 
 from lm_scale.data.corpus import CorpusConfig
+from lm_scale.data.share import Share, check_shares
 from lm_scale.data.tokenizer import TokenizerConfig
 from lm_scale.errors import InputError
 from lm_scale.guard import Guard
@@ -37,6 +38,9 @@ class DataConfig:
     """Text, tokenizer, examples, and where the prepared tokens lie."""
 
     corpus: CorpusConfig = CorpusConfig()
+    # Several corpora in the place of `corpus`, mixed by weight. Each begins its own
+    # epochs; the held-out text is that of all, as much as each has.
+    mixture: tuple[Share, ...] = ()
     tokenizer: TokenizerConfig = TokenizerConfig()
     separator: bool = True  # an end-of-text token after each document
     # An example is a row of seq_len tokens. blocks: cut from all documents one after
@@ -161,6 +165,29 @@ class RunConfig:
                 f"{wanted.__name__}, not {type(self.objective).__name__}."
             )
         self._check_tokenizer()
+        if self.data.mixture:
+            self._check_mixture()
+
+    def _check_mixture(self) -> None:
+        """What of the config several corpora leave no sense."""
+        check_shares(self.data.mixture)
+        for name, value, instead in (
+            ("epochs", self.epochs,
+             "each source begins epochs of its own; give `steps`, and the run says how "
+             "many epochs of each they make"),
+            ("data.max_train_examples", self.data.max_train_examples,
+             "it does not say of which source; give `max_documents` of the corpora"),
+            ("data.max_eval_examples", self.data.max_eval_examples,
+             "it does not say of which source; give `validation_fraction` or "
+             "`validation_source` of the corpora"),
+        ):  # fmt: skip
+            if value is not None:
+                raise InputError(f"{name} = {value} with data.mixture: {instead}.")
+        if self.data.corpus != CorpusConfig():
+            raise InputError(
+                f"data.corpus.source = {self.data.corpus.source!r} would not be read: "
+                "there is a data.mixture. Make it one of its sources, or leave one out."
+            )
 
     def _check_tokenizer(self) -> None:
         """What can be known of a tokenizer that is yet to be trained."""
@@ -234,8 +261,18 @@ class RunConfig:
 
     @property
     def store_dir(self) -> str:
-        """Folder that holds `tokenizer`, `train` and `validation`."""
+        """Folder that holds `tokenizer`, `train` and `validation`.
+
+        Of a mixture: `tokenizer`, and the latter two in a folder for each source.
+        """
         return self.data.store or str(Path(self.run_dir) / "data")
+
+    @property
+    def corpora(self) -> dict[str, CorpusConfig]:
+        """The corpora by the folder of their tokens in `store_dir`; "": itself."""
+        if not self.data.mixture:
+            return {"": self.data.corpus}
+        return {share.name: share.corpus for share in self.data.mixture}
 
 
 # --- From files and the command line ------------------------------------------------
@@ -324,6 +361,9 @@ def check_types(config: Any, prefix: str = "") -> None:
             raise InputError(f"{name} = {value!r}: expected {wanted}.")
         if dataclasses.is_dataclass(value):
             check_types(value, f"{name}.")
+        for number, item in enumerate(value if isinstance(value, tuple) else ()):
+            if dataclasses.is_dataclass(item):
+                check_types(item, f"{name}.{number}.")
 
 
 def _is_a(value: Any, hint: Any) -> bool:

@@ -39,9 +39,11 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted names."""
+    """Nested mappings as one, with dotted names; those in a list by their number."""
     flat: dict[str, Any] = {}
     for name, value in nested.items():
+        if isinstance(value, list) and value and isinstance(value[0], Mapping):
+            value = {str(number): item for number, item in enumerate(value)}
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{name}.")
         else:

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from lm_scale.data.examples import Source
 from lm_scale.data.loader import EvalBatches, device_batches
-from lm_scale.data.store import TokenStore
+from lm_scale.data.mixed import Mixed, stores_of
 from lm_scale.losses import IGNORE, Sums
 from lm_scale.sharding import Params, Rules
 from lm_scale.watchdog import Watchdog
@@ -58,17 +59,21 @@ def _add(totals: dict[str, float], sums: Sums | None) -> None:
         totals[name] += float(value)
 
 
-def unigram_loss(train: TokenStore, batches: EvalBatches, vocab: int) -> float:
+def unigram_loss(train: Source | Mixed, batches: EvalBatches, vocab: int) -> float:
     """Loss (nats) of guessing by token frequency alone, on the same held-out labels.
 
     Frequencies are counted on (the first 20 M tokens of) the training split, plus one
     for each token of the vocabulary. What a model must beat to have learnt anything.
+    Of a mixture the first tokens of each source count, as many as is its share, until
+    one has no more.
     """
-    counts = np.ones(vocab, np.int64)
-    end = min(train.num_tokens, UNIGRAM_TOKENS)
-    for start in range(0, end, 1_000_000):
-        tokens = train.read(start, min(1_000_000, end - start))
-        counts += np.bincount(tokens, minlength=vocab)
+    counts, stores = np.ones(vocab, np.int64), stores_of(train).values()
+    most = min(UNIGRAM_TOKENS, *(store.num_tokens / share for store, share in stores))
+    for store, share in stores:
+        end = round(most * share)
+        for start in range(0, end, 1_000_000):
+            tokens = store.read(start, min(1_000_000, end - start))
+            counts += np.bincount(tokens, minlength=vocab)
     surprise = -np.log(counts / counts.sum())
     total, labels = 0.0, 0
     for number in range(len(batches)):

@@ -146,11 +146,12 @@ def show_step(config: RunConfig, step: int, rows: range, console: Console) -> No
     Raises InputError if the run has no such step, or no token store yet.
     """
     folder = Path(config.store_dir)
-    if read_manifest(folder / "train") is None:
-        raise InputError(
-            f"{folder / 'train'} holds no complete token store: run `lm-scale prepare` "
-            "with the same config first."
-        )
+    for train in (folder / name / "train" for name in config.corpora):
+        if read_manifest(train) is None:
+            raise InputError(
+                f"{train} holds no complete token store: run `lm-scale prepare` with "
+                "the same config first."
+            )
     tokenizer = load_tokenizer(folder / "tokenizer")
     batches = open_train(config, tokenizer, some_mesh(config))
     last = config.total_steps(batches.examples)

@@ -12,7 +12,7 @@ from lm_scale import distributed
 from lm_scale.checkpoint import Saver
 from lm_scale.config import RunConfig
 from lm_scale.data.loader import EvalBatches, TrainBatches, device_batches
-from lm_scale.data.windows import Windows
+from lm_scale.data.windows import Windows, batch_number
 from lm_scale.distributed import Request, Vote
 from lm_scale.evaluate import evaluate
 from lm_scale.guard import Health, Trouble
@@ -165,6 +165,10 @@ class Loop:
         self.trouble = self.trouble or self.health.observe(step, numbers)
         write = step % self.config.log_every == 0 or step == self.steps
         write = write or (step == 1 and self.config.log_first)
+        if write and self.config.data.mixture:
+            # Batches that were left out on the way count as seen.
+            seen = self.batches.epochs(batch_number(step - 1, self.left_out) + 1)
+            numbers |= {f"epochs/{name}": value for name, value in seen.items()}
         self.metrics.log_step(step, numbers, write=write)
 
     def _wanted(self) -> Request:

@@ -55,6 +55,7 @@ class MetricsLogger:
     - `time`: seconds in train steps from the start of the run, compilation included,
       pauses left out; a resumed run goes on from the last line that is kept
     - `tokens_seen`: step * tokens_per_step, from the start of the run
+    - `epochs/NAME`: how often each source of a mixture has been seen
     - `first_step_s`, once: what the process's first step took, its compilation included
 
     and, measured since the line before:
@@ -196,6 +197,11 @@ class MetricsLogger:
             "time": self.train_time,
             "tokens_seen": step * self.tokens_per_step,
         }
+        seen = [(x, metrics[x]) for x in metrics if x.startswith("epochs/")]
+        if seen:
+            text += " | epochs"
+        for name, value in seen:
+            text += f" {name.removeprefix('epochs/')} {value:.2f}"
         first = {}
         if self.first_step_s is not None:
             first = {"first_step_s": self.first_step_s}

@@ -13,7 +13,9 @@ from rich.text import Text
 
 from lm_scale.config import RunConfig
 from lm_scale.console import say
+from lm_scale.data.examples import Source
 from lm_scale.data.loader import TrainBatches
+from lm_scale.data.mixed import Mixed, stores_of
 from lm_scale.models import Model
 from lm_scale.sharding import LOGICAL_AXES, Rules, sharding_table
 
@@ -66,15 +68,19 @@ def describe(
         texts += f", {batches.source.mean_length / config.seq_len:.1%} of them tokens"
     _, attention = config.choose_attention(mesh)
     shape = " ".join(sizes) or "1"
+    epochs = ", ".join(
+        f"{name} {value:.2f} epochs".lstrip()
+        for name, value in batches.epochs(steps).items()
+    )
     say(
         console,
         f"model      {type(config.model).__name__}, {weights:,} weights\n"
         f"devices    {mesh.size} × {device.device_kind}, mesh {shape}\n"
         f"attention  {attention}\n"
-        f"data       {batches.source.store.num_tokens:,} training tokens, "
+        f"data       {tokens_of(batches.source)}, "
         f"{batches.examples:,} {texts}\n"
         f"run        {steps:,} steps of {tokens:,} tokens = "
-        f"{steps * config.batch / batches.examples:.2f} epochs, in {config.run_dir}",
+        f"{epochs}, in {config.run_dir}",
     )
     if config.schedule.warmup >= steps:
         say(
@@ -82,6 +88,18 @@ def describe(
             f"Note: the warm-up of {config.schedule.warmup:,} steps does not end in "
             f"the run's {steps:,}: the learning rate never reaches its peak.",
         )
+
+
+def tokens_of(source: Source | Mixed) -> str:
+    """How many tokens there are; of a mixture, also of each source, with its share."""
+    stores = stores_of(source)
+    total = sum(store.num_tokens for store, _ in stores.values())
+    text = f"{total:,} training tokens"
+    if not isinstance(source, Mixed):
+        return text
+    each = [f"{share:.1%} from the {store.num_tokens:,} of {name}"
+            for name, (store, share) in stores.items()]  # fmt: skip
+    return f"{text} ({', '.join(each)})"
 
 
 def report(

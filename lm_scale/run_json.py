@@ -17,7 +17,7 @@ from typing import Any
 from etils import epath
 from rich.console import Console
 
-from lm_scale.changes import Changes, compare, covers
+from lm_scale.changes import Changes, compare, covers, without_numbers
 from lm_scale.checkpoint_folder import CheckpointFolder, has_checkpoints
 from lm_scale.config import RunConfig
 from lm_scale.console import say
@@ -35,6 +35,7 @@ FREE = (
     "save_every", "keep", "keep_every", "keep_best", "checkpoint_dir", "resume", "hub",
     "stop_at", "sample_prompt", "resume_from", "step_limit", "wait_limit", "override",
     "guard", "data.store", "data.cache_dir", "data.workers", "data.corpus.streaming",
+    "data.mixture.corpus.streaming",
 )  # fmt: skip
 
 # What of these says nothing about what the run does from here on.
@@ -80,7 +81,15 @@ def from_dict(kind: Any, value: Any) -> Any:
                 if name in value
             }
         )
-    return tuple(value) if isinstance(value, list) else value
+    if isinstance(value, list):
+        tuples = [k for k in (kind, *typing.get_args(kind)) if _is_tuple(k)]
+        (item, *_) = typing.get_args(tuples[0]) if tuples else (Any,)
+        return tuple(from_dict(item, each) for each in value)
+    return value
+
+
+def _is_tuple(kind: Any) -> bool:
+    return typing.get_origin(kind) is tuple
 
 
 def read_run(run_dir: str | Path) -> RunConfig:
@@ -141,8 +150,11 @@ def check_override(config: RunConfig) -> None:
     """InputError for a name in `override` that no field has, of no kind of config."""
     known = field_names(RunConfig) | {"tokens"}
     known |= {f"tokens.{name}" for name in ("tokenizer", "number", "sha256")}
+    for share in config.data.mixture:
+        of_one = ("number", "sha256", "share")
+        known |= {f"tokens.{share.name}.{name}" for name in of_one}
     for name in config.override:
-        if name not in known:
+        if name not in known and without_numbers(name) not in known:
             near = difflib.get_close_matches(name, sorted(known), 1)
             near += [x for x in sorted(known) if x.endswith(f".{name}")]
             hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -316,7 +328,7 @@ def _fixed(config: RunConfig, free: tuple[str, ...]) -> dict[str, Any]:
     return {
         name: value
         for name, value in flatten(to_dict(config)).items()
-        if not any(name == x or name.startswith(f"{x}.") for x in free)
+        if not covers(free, name)
     }
 
 

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What stands in a run's folders: its text made into batches, its newest weights."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from lm_scale.console import say
 from lm_scale.data.corpus import Part, documents
 from lm_scale.data.examples import Blocks, Documents, Pieces, Source
 from lm_scale.data.loader import EvalBatches, TrainBatches
+from lm_scale.data.mixed import Mixed
+from lm_scale.data.mixture import Mixture
 from lm_scale.data.packing import open_plan
 from lm_scale.data.prepare import Most, prepare
 from lm_scale.data.ranks import Rank
@@ -50,7 +54,6 @@ from lm_scale.sharding import (
 from lm_scale.step import make_eval_step
 
 PAD_MULTIPLE = 16  # tokens; widths of padded batches, that few programs are compiled
-RECIPE = ("corpus", "tokenizer")  # the fields of DataConfig that make a tokenizer
 
 
 def prepare_tokenizer(config: RunConfig, console: Console, *, makes: bool = True):
@@ -71,10 +74,7 @@ def prepare_tokenizer(config: RunConfig, console: Console, *, makes: bool = True
         there = None  # never finished: made again
     tokenizer = None
     if settings.path is None:
-        recipe = json.loads(
-            json.dumps({name: to_dict(getattr(config.data, name)) for name in RECIPE})
-        )
-        del recipe["corpus"]["streaming"]  # another way to the same text
+        recipe = recipe_of(config)
     else:
         try:
             tokenizer = load_tokenizer(settings.path, cache_dir=config.data.cache_dir)
@@ -85,7 +85,8 @@ def prepare_tokenizer(config: RunConfig, console: Console, *, makes: bool = True
         recipe = {"hash": tokenizer_hash(tokenizer)}
     if there == recipe:
         return load_tokenizer(folder)
-    if there is not None and (store / "train").exists():
+    made = any(store.glob("train")) or any(store.glob("*/train"))  # or of a mixture
+    if there is not None and made:
         found = differences(flatten(there), flatten(recipe))
         if "hash" in there and "hash" in recipe:
             found = [f"the tokenizer {settings.path} is another one or has changed"]
@@ -99,16 +100,47 @@ def prepare_tokenizer(config: RunConfig, console: Console, *, makes: bool = True
             "made it anew. Start this rank again once it has."
         )
     if tokenizer is None:
-        texts = documents(
-            config.data.corpus, "train",
-            cache_dir=config.data.cache_dir, workers=config.data.workers,
-        )  # fmt: skip
+        texts = training_texts(config)
         say(console, f"Training a tokenizer of {settings.vocab_size} tokens ...")
         length = config.model.positions
         tokenizer = train_shown(texts, settings, max_length=length, console=console)
     tokenizer.save_pretrained(folder)
     note.write_text(json.dumps(recipe))  # last: the folder is whole
     return tokenizer
+
+
+def recipe_of(config: RunConfig) -> dict[str, Any]:
+    """What a tokenizer is trained on, and how, as JSON values."""
+    corpora = {name: to_dict(corpus) for name, corpus in config.corpora.items()}
+    for corpus in corpora.values():
+        del corpus["streaming"]  # another way to the same text
+    text = {"mixture": corpora} if config.data.mixture else {"corpus": corpora[""]}
+    return json.loads(json.dumps({**text, "tokenizer": to_dict(config.data.tokenizer)}))
+
+
+def training_texts(config: RunConfig) -> Iterator[str]:
+    """The documents to train a tokenizer on: all, one of each corpus in turn.
+
+    Whatever the weights of a mixture: those may be changed with the tokenizer kept.
+    """
+    options: Any = {"cache_dir": config.data.cache_dir, "workers": config.data.workers}
+    corpora = []
+    for name, corpus in config.corpora.items():
+        with named(name):
+            corpora.append(documents(corpus, "train", **options))
+    turns = itertools.zip_longest(*corpora)
+    return (text for turn in turns for text in turn if text is not None)
+
+
+@contextlib.contextmanager
+def named(source: str) -> Iterator[None]:
+    """Says of which source of a mixture an InputError is; "": there is but one."""
+    try:
+        yield
+    except InputError as error:
+        if not source:
+            raise
+        raise InputError(f"data.mixture, {source}: {error}") from error
 
 
 def prepare_data(
@@ -127,8 +159,9 @@ def prepare_data(
         return tokenizer
     distributed.from_first(None)
     store = Path(config.store_dir)
-    for part in parts:
-        distributed.see(store / part / "manifest.json")
+    for name in config.corpora:
+        for part in parts:
+            distributed.see(store / name / part / "manifest.json")
     return load_tokenizer(distributed.see(store / "tokenizer" / "recipe.json").parent)
 
 
@@ -178,11 +211,15 @@ def make_data(
         check_prompt(config.model, tokenizer, config.sample_prompt)
     config.objective.check(vocabulary_of(tokenizer))
     limits: dict[Part, Most] = {part: most(config, part) for part in parts}
-    prepare(
-        config.data.corpus, tokenizer, config.store_dir, parts=limits,
-        separator=config.data.separator, cache_dir=config.data.cache_dir,
-        workers=config.data.workers, rank=rank, console=console,
-    )  # fmt: skip
+    for name, corpus in config.corpora.items():
+        if name:
+            say(console, f"{name}:")
+        with named(name):
+            prepare(
+                corpus, tokenizer, Path(config.store_dir) / name, parts=limits,
+                separator=config.data.separator, cache_dir=config.data.cache_dir,
+                workers=config.data.workers, rank=rank, console=console,
+            )  # fmt: skip
     return tokenizer
 
 
@@ -234,14 +271,29 @@ def max_examples(config: RunConfig, part: Part) -> int | None:
     return data.max_train_examples if part == "train" else data.max_eval_examples
 
 
-def open_source(config: RunConfig, tokenizer, mesh: Mesh, part: Part) -> Source:
-    """The examples of one part of the text."""
-    store, data = TokenStore.open(Path(config.store_dir) / part), config.data
+def open_source(config: RunConfig, tokenizer, mesh: Mesh, part: Part) -> Source | Mixed:
+    """The examples of one part of the text, of all its sources."""
+    sources = {
+        name: open_examples(config, tokenizer, mesh, part, name)
+        for name in config.corpora
+    }
+    if not config.data.mixture:
+        return sources[""]
+    weights = [share.weight for share in config.data.mixture]
+    return Mixed(sources, Mixture(weights, seed=config.seed))
+
+
+def open_examples(
+    config: RunConfig, tokenizer, mesh: Mesh, part: Part, name: str
+) -> Source:
+    """The examples of one part of the text, of the source in this folder."""
+    folder = Path(config.store_dir) / name
+    store, data = TokenStore.open(folder / part), config.data
     if data.examples == "blocks":
         return Blocks(store, config.seq_len, most=max_examples(config, part))
     if data.examples != "documents":
-        folder = Path(config.store_dir) / "plans" / part
-        plan = open_plan(store, data.examples, config.seq_len, folder)
+        plans = folder / "plans" / part
+        plan = open_plan(store, data.examples, config.seq_len, plans)
         return Pieces(store, config.seq_len, plan, most=max_examples(config, part))
     return Documents(
         store, config.seq_len, most=max_examples(config, part),

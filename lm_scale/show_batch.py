@@ -16,6 +16,7 @@ from rich.console import Console
 from lm_scale.console import say
 from lm_scale.data.examples import Blocks, Documents, Pieces, Source
 from lm_scale.data.loader import HostBatch, TrainBatches
+from lm_scale.data.mixed import Mixed
 from lm_scale.data.shown import text_of
 from lm_scale.data.where import Piece, pieces
 from lm_scale.objectives import IGNORE, MaskedLM
@@ -49,12 +50,16 @@ def show(shown: Shown, rows: range, console: Console) -> None:
         epoch, example = int(epochs[at]), int(examples[at])
         one = {name: values[at] for name, values in batch.items()}
         labels = int((one["labels"] != IGNORE).sum())
+        source, of = batches.source, ""
+        if isinstance(source, Mixed):
+            name, source, example = source.owner(example)
+            of = f" of {name}"
         say(
             console,
-            f"row {row}: epoch {epoch}, example {example}, {labels} of "
+            f"row {row}: epoch {epoch}{of}, example {example}, {labels} of "
             f"{one['tokens'].size} tokens to predict",
         )
-        for line in lines_of(shown, pieces_of(batches.source, example), one):
+        for line in lines_of(shown, pieces_of(source, example), one):
             say(console, f"  {line}")
 
 

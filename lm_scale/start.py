@@ -16,6 +16,7 @@ from lm_scale.config import RunConfig
 from lm_scale.connect import check_devices, open_connections
 from lm_scale.console import say
 from lm_scale.data.loader import TrainBatches
+from lm_scale.data.mixed import stores_of
 from lm_scale.errors import InputError
 from lm_scale.first_weights import check_init_from, read_weights
 from lm_scale.manifest import Manifest
@@ -136,8 +137,18 @@ def keep_config(
 
 
 def fingerprint(batches: TrainBatches) -> dict[str, str | int]:
-    """What tells the tokens that a checkpoint was trained on from others."""
-    manifest = batches.source.store.manifest
-    found = {"tokenizer": manifest.tokenizer_hash, "number": manifest.tokens}
-    # Stores of older versions have none, and so have the checkpoints made with them.
-    return found if manifest.sha256 is None else found | {"sha256": manifest.sha256}
+    """What tells the tokens that a checkpoint was trained on from others.
+
+    Of a mixture: `NAME.number`, `NAME.sha256` and `NAME.share` for each source.
+    """
+    found: dict[str, str | int] = {}
+    for name, (store, share) in stores_of(batches.source).items():
+        manifest, prefix = store.manifest, f"{name}." if name else ""
+        found["tokenizer"] = manifest.tokenizer_hash
+        found[f"{prefix}number"] = manifest.tokens
+        # Stores of older versions have none, and so have checkpoints made with them.
+        if manifest.sha256 is not None:
+            found[f"{prefix}sha256"] = manifest.sha256
+        if name:
+            found[f"{prefix}share"] = f"{share:.9g}"
+    return found

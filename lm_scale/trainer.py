@@ -130,7 +130,7 @@ def check_folders(config: RunConfig) -> None:
         there = (path for path in checkpoints.parents if path.exists())
         distributed.check_shared(Path(distributed.from_first(str(next(there, "/")))))
     store = Path(config.store_dir)
-    made = (store / "train" / "manifest.json").exists()
+    made = all((store / x / "train/manifest.json").exists() for x in config.corpora)
     if not all(distributed.everyone(made)):  # each had made the same for itself
         distributed.check_shared(store)
 
@@ -343,8 +343,8 @@ def conclude(
     if distributed.index() > 0:
         return
     if results and text.held_out is not None:
-        store, vocab = text.batches.source.store, config.model.vocab
-        results["unigram_loss"] = unigram_loss(store, text.held_out, vocab)
+        source, vocab = text.batches.source, config.model.vocab
+        results["unigram_loss"] = unigram_loss(source, text.held_out, vocab)
     report(config, results, sample, console)
 
 

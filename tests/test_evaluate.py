@@ -165,6 +165,6 @@ def test_unigram_loss_by_hand(tmp_path):
         batches = EvalBatches(
             Blocks(validation, 2), CausalLM(), vocabulary, batch=batch, seed=0
         )
-        found = unigram_loss(train, batches, 4)
+        found = unigram_loss(Blocks(train, 2), batches, 4)
         # The examples are 0 1, 2 3, 0 0; their targets 1, 3, 0.
         assert found == pytest.approx(-math.log(2 / 9 * 2 / 9 * 4 / 9) / 3)

@@ -29,8 +29,8 @@ ORDER = (
     ("data.work",),
     ("losses", "models.layers", "models.scan", "data.windows", "data.order"),
     ("data.packing", "data.token_cache", "data.where", "data.shown", "data.mixture"),
-    ("data.examples", "guard", "hub"),
-    ("models.kernels", "models.ring"),
+    ("data.examples", "data.share", "guard", "hub"),
+    ("data.mixed", "models.kernels", "models.ring"),
     ("data.*", "models.attention", "models.rotary"),
     ("models.*",),  # the families, which do not know one another
     ("models",),

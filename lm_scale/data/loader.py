@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from lm_scale.data.examples import Source
+from lm_scale.data.mixed import Mixed
 from lm_scale.data.order import shuffled
 from lm_scale.data.windows import batch_number
 from lm_scale.objectives import IGNORE, NoiseKeys, Objective, Vocabulary
@@ -34,7 +35,7 @@ class Batches:
 
     def __init__(
         self,
-        source: Source,
+        source: Source | Mixed,
         objective: Objective,
         vocabulary: Vocabulary,
         *,
@@ -65,6 +66,8 @@ class TrainBatches(Batches):
     def place(self, step: int, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Epochs and example numbers of these rows of the batch of a step."""
         places = step * self.batch + np.asarray(rows, np.int64)
+        if isinstance(self.source, Mixed):
+            return self.source.place(places, self.seed)
         epochs = places // self.examples
         numbers = np.empty_like(places)
         for epoch in np.unique(epochs):
@@ -81,6 +84,13 @@ class TrainBatches(Batches):
             self.place(step, range(self.batch))[1]
         )
         return self.make(*self.place(step, rows), width)
+
+    def epochs(self, batches: int) -> dict[str, float]:
+        """How often the first so many batches show each source; "": the only one."""
+        examples = batches * self.batch
+        if isinstance(self.source, Mixed):
+            return self.source.epochs(examples)
+        return {"": examples / self.examples}
 
 
 class EvalBatches(Batches):

@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several sources in one stream: which source the example at a place comes from.
 
-A fixed pattern of sources repeats for ever. In it, and so in any beginning of the
-stream, the examples of a source are less than one away from its share: the j-th one
-stands between the places j/share and (j+1)/share. Giving each place to the source whose
-time ends first keeps all of these promises (Baruah et al. 1996, "Proportionate
-progress", section 3, of which this is the case of one processor). So the source of a
-place, and how many of its examples came before, is a look-up, whatever the place.
+A fixed pattern of sources repeats for ever. As it is made, the examples of a source are
+less than one away from its share in any beginning of it: the j-th one stands between
+the places j/share and (j+1)/share. Giving each place to the source whose time ends
+first keeps all of these promises (Baruah et al. 1996, "Proportionate progress", section
+3, of which this is the case of one processor). But it is nearly periodic: a row of the
+batches could be of one source for ever. So the places are then shuffled within windows
+of `WINDOW`. Beginnings stay less than one away from the shares where a window ends, and
+elsewhere, for a source with the share s, less than 1 + WINDOW s (1 - s), 17 at most.
+
+So the source of a place, and how many of its examples came before, is a look-up,
+whatever the place.
 """
 
 import heapq
@@ -21,9 +26,9 @@ from lm_scale.errors import InputError
 # Shares are multiples of 1 / 65,536 at the finest; what is asked for is exact if it can
 # be (weights of up to four decimals that add up to 1 can).
 FINEST = 1 << 16
-# The pattern is at least so long: where two sources might come first the seed decides,
-# so that a short pattern does not fall in step with the rows of a batch.
-_LENGTH = 1 << 14
+WINDOW = 64  # places; batches of a multiple of it are as even as they can be
+# The pattern is at least so long, for many shuffled windows.
+_LENGTH = 1 << 16
 
 
 class Mixture:
@@ -33,9 +38,12 @@ class Mixture:
         """weights: of the sources, in any unit. Raises InputError as `parts_of`."""
         parts = parts_of(weights)
         whole = sum(parts)
-        repeats = -(-_LENGTH // whole)
+        unit = WINDOW // math.gcd(WINDOW, whole)  # repeats that make whole windows
+        # Odd: the fewer factors it shares with a batch, the more of it a row gets.
+        repeats = unit * (-(-_LENGTH // (whole * unit)) | 1)
         self.shares = np.array(parts) / whole  # what is kept; float64 [sources]
-        self._sources = _pattern(parts, repeats, seed)
+        self._sources = _stirred(np.tile(_pattern(parts), repeats), seed)
+        self.length = self._sources.size  # after which it repeats
         self._counts = np.array(parts, np.int64) * repeats  # in a pattern, [sources]
         self._before = np.empty(self._sources.size, np.int64)  # of the same source
         for source, count in enumerate(self._counts):
@@ -43,13 +51,13 @@ class Mixture:
 
     def at(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The sources at these places, and how often each came before; int64 [n]."""
-        rounds, within = np.divmod(np.asarray(places, np.int64), self._sources.size)
+        rounds, within = np.divmod(np.asarray(places, np.int64), self.length)
         sources = self._sources[within]
         return sources, rounds * self._counts[sources] + self._before[within]
 
     def taken(self, places: int) -> np.ndarray:
         """How many examples of each source the first `places` have, int64 [sources]."""
-        rounds, rest = divmod(places, self._sources.size)
+        rounds, rest = divmod(places, self.length)
         begun = np.bincount(self._sources[:rest], minlength=self._counts.size)
         return rounds * self._counts + begun
 
@@ -84,23 +92,28 @@ def parts_of(weights: Sequence[float]) -> list[int]:
     return [part + 1 for part in parts]
 
 
-def _pattern(parts: Sequence[int], repeats: int, seed: int) -> np.ndarray:
-    """The sources of all places, int64 [repeats * whole]; parts: of a whole."""
+def _pattern(parts: Sequence[int]) -> np.ndarray:
+    """The sources of a whole, int64 [sum of the parts]."""
     whole = sum(parts)
-    length = whole * repeats
-    ties = np.random.default_rng(seed).random(length).tolist()  # who goes first
     # Waiting for the place from which on its next example may come: place, source.
     waiting = [(0, source) for source in range(len(parts))]
-    ready: list[tuple[int, float, int]] = []  # the place before which it has to come
+    ready: list[tuple[int, int]] = []  # the place before which it has to come, source
     done = [0] * len(parts)
-    pattern = np.empty(length, np.int64)
-    for place in range(length):
+    pattern = np.empty(whole, np.int64)
+    for place in range(whole):
         while waiting and waiting[0][0] <= place:
             _, source = heapq.heappop(waiting)
             end = -(-(done[source] + 1) * whole // parts[source])
-            heapq.heappush(ready, (end, ties[(end + source) % length], source))
-        _, _, source = heapq.heappop(ready)
+            heapq.heappush(ready, (end, source))
+        _, source = heapq.heappop(ready)
         pattern[place] = source
         done[source] += 1
         heapq.heappush(waiting, (done[source] * whole // parts[source], source))
     return pattern
+
+
+def _stirred(pattern: np.ndarray, seed: int) -> np.ndarray:
+    """The pattern with each window of it shuffled."""
+    windows = np.arange(pattern.size) // WINDOW
+    by_chance = np.random.default_rng(seed).random(pattern.size)
+    return pattern[np.lexsort((by_chance, windows))]

@@ -21,10 +21,15 @@ STORES = ("train", "validation")
 def stores_at(path: str | Path) -> list[str]:
     """The complete stores at a path: it is one, or some are in it.
 
+    Those of a mixture, in a folder each, are found on disk; below a url give each.
+
     Raises:
       InputError: there is none, or the manifest of one is broken.
     """
     found = [str(path), *(os.path.join(path, name) for name in STORES)]
+    if "://" not in str(path):
+        below = (Path(path).glob(f"*/{name}") for name in STORES)
+        found += sorted(str(each) for some in below for each in some)
     found = [each for each in found if read_manifest(each) is not None]
     if not found:
         raise InputError(
