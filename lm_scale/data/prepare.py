@@ -70,7 +70,7 @@ def prepare(
     parts = {"train": Most(), "validation": Most()} if parts is None else parts
     if workers is not None:
         os.environ["RAYON_NUM_THREADS"] = str(workers)
-    end = _end_of_text(tokenizer) if separator else None
+    end = end_of_text(tokenizer) if separator else None
     origin = {
         "tokenizer_hash": tokenizer_hash(tokenizer),
         "vocab_size": vocabulary_size(tokenizer),
@@ -91,7 +91,7 @@ def prepare(
             manifests[part] = manifest
             say(console, f"{part}: kept {path}: {_summary(manifest)}")
 
-    encode = _encoder(tokenizer, end)
+    encode = encoder(tokenizer, end)
     for part, texts in streams.items():
         path, source = _path(out, part), _source(corpus, part, parts[part])
         start = time.perf_counter()
@@ -115,7 +115,7 @@ def _path(out: str | Path, part: Part) -> str:
     return os.path.join(os.path.expanduser(out), part)
 
 
-def _end_of_text(tokenizer: "PreTrainedTokenizerFast") -> int:
+def end_of_text(tokenizer: "PreTrainedTokenizerFast") -> int:
     for name in (tokenizer.eos_token, tokenizer.sep_token):
         if name is not None:
             return tokenizer.get_vocab()[str(name)]
@@ -157,7 +157,7 @@ def _check_same(path: str, manifest: Manifest, wanted: dict[str, Any]) -> None:
         )
 
 
-def _encoder(
+def encoder(
     tokenizer: "PreTrainedTokenizerFast", end: int | None
 ) -> Callable[[list[str]], list[list[int]]]:
     """Texts -> ids, each ending with `end`."""
