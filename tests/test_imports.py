@@ -15,7 +15,7 @@ PACKAGE = Path(lm_scale.__file__).parent
 # A module imports modules of the lines above its own only. `models.*` and `data.*`
 # stand for what is not named itself. `lm_scale` is the package: version, no code.
 ORDER = (
-    ("lm_scale", "console", "errors", "hashing", "peaks"),
+    ("lm_scale", "console", "errors", "hashing", "peaks", "data.ahead"),
     ("wandb_run", "cluster", "changes", "manifest"),
     ("sharding", "objectives", "optim", "metrics", "distributed", "data", "lock"),
     ("checkpoint_folder", "replicas"),
@@ -24,6 +24,8 @@ ORDER = (
     ("data.sources",),
     ("data.corpus", "data.store", "data.tokenizer"),
     ("losses", "models.layers", "models.scan", "data.windows"),
+    ("data.shards",),
+    ("data.stream",),
     ("data.examples", "guard", "hub", "models.kernels", "models.ring"),
     ("data.*", "models.attention", "models.rotary"),
     ("models.*",),  # the families, which do not know one another
@@ -131,7 +133,8 @@ def test_data_objectives_optimizers_and_metrics_know_no_model(module):
 @pytest.mark.parametrize("module", [n for n in KNOW_NO_MODEL if n.startswith("data")])
 def test_jax_is_imported_where_the_batch_becomes_a_global_array(module):
     libraries = {name.partition(".")[0] for name in imports(TREES[module])}
-    assert ("jax" in libraries) == (module == "data.loader")
+    makes_it = module in ("data.loader", "data.streamed")
+    assert ("jax" in libraries) == makes_it
     assert "flax" not in libraries
 
 
