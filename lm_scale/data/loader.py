@@ -40,6 +40,7 @@ class Batches:
     ):
         self.source, self.objective, self.vocabulary = source, objective, vocabulary
         self.batch, self.seed, self.examples = batch, seed, len(source)
+        self.mean_length = source.mean_length  # tokens
 
     def order(self, epoch: int, places: np.ndarray) -> np.ndarray:
         """Numbers of the examples that stand at these places of an epoch's order."""
