@@ -86,7 +86,7 @@ def test_a_lost_stream_is_saved_and_resumed_bit_for_bit(tmp_path, monkeypatch):
             "needs .* got 'first' and True",
         ),
         ({}, {"corpus": CorpusConfig(streaming=False)}, "got 'hash' and False"),
-        ({}, {"stream_lanes": 3}, "batch = 16 cannot be dealt .* stream_lanes = 3"),
+        ({}, {"stream_lanes": 3}, "dealt evenly to data.stream_lanes = 3"),
         ({}, {"stream_buffer": 0}, "stream_buffer = 0: expected a number above 0"),
     ],
 )
