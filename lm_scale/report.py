@@ -14,6 +14,7 @@ from rich.text import Text
 from lm_scale.config import RunConfig
 from lm_scale.console import say
 from lm_scale.data.loader import TrainBatches
+from lm_scale.data.streamed import StreamedBatches
 from lm_scale.models import Model
 from lm_scale.sharding import LOGICAL_AXES, Rules, sharding_table
 
@@ -32,7 +33,7 @@ def describe(
     config: RunConfig,
     model: Model,
     mesh: Mesh,
-    batches: TrainBatches,
+    batches: TrainBatches | StreamedBatches,
     steps: int,
     console: Console,
 ) -> None:
@@ -58,12 +59,7 @@ def describe(
     weights = sum(math.prod(row.shape) for row in rows)
     sizes = [f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1]
     device = mesh.devices.flat[0]
-    tokens = round(config.batch * batches.source.mean_length)
-    texts = f"sequences of {config.seq_len}"
-    if config.data.examples == "documents":
-        texts = f"documents of {batches.source.mean_length:.1f} on average"
-    if config.data.examples == "packed":
-        texts += f", {batches.source.mean_length / config.seq_len:.1%} of them tokens"
+    tokens = round(config.batch * batches.mean_length)
     _, attention = config.choose_attention(mesh)
     shape = " ".join(sizes) or "1"
     say(
@@ -71,10 +67,9 @@ def describe(
         f"model      {type(config.model).__name__}, {weights:,} weights\n"
         f"devices    {mesh.size} × {device.device_kind}, mesh {shape}\n"
         f"attention  {attention}\n"
-        f"data       {batches.source.store.num_tokens:,} training tokens, "
-        f"{batches.examples:,} {texts}\n"
-        f"run        {steps:,} steps of {tokens:,} tokens = "
-        f"{steps * config.batch / batches.examples:.2f} epochs, in {config.run_dir}",
+        f"data       {_data(config, batches)}\n"
+        f"run        {steps:,} steps of {tokens:,} tokens{_epochs(batches, steps)}, in "
+        f"{config.run_dir}",
     )
     if config.schedule.warmup >= steps:
         say(
@@ -82,6 +77,27 @@ def describe(
             f"Note: the warm-up of {config.schedule.warmup:,} steps does not end in "
             f"the run's {steps:,}: the learning rate never reaches its peak.",
         )
+
+
+def _data(config: RunConfig, batches: TrainBatches | StreamedBatches) -> str:
+    if isinstance(batches, StreamedBatches):
+        return (
+            f"{batches.shards.source}, streamed from {batches.shards.count:,} shard(s) "
+            f"in {batches.lanes} lane(s), sequences of {config.seq_len}"
+        )
+    texts = f"sequences of {config.seq_len}"
+    if config.data.examples == "documents":
+        texts = f"documents of {batches.mean_length:.1f} on average"
+    if config.data.examples == "packed":
+        texts += f", {batches.mean_length / config.seq_len:.1%} of them tokens"
+    tokens = batches.source.store.num_tokens
+    return f"{tokens:,} training tokens, {batches.examples:,} {texts}"
+
+
+def _epochs(batches: TrainBatches | StreamedBatches, steps: int) -> str:
+    if batches.examples is None:
+        return ""
+    return f" = {steps * batches.batch / batches.examples:.2f} epochs"
 
 
 def report(

@@ -140,7 +140,8 @@ def check_brackets(name: str, value: str) -> None:
 def check_override(config: RunConfig) -> None:
     """InputError for a name in `override` that no field has, of no kind of config."""
     known = field_names(RunConfig) | {"tokens"}
-    known |= {f"tokens.{name}" for name in ("tokenizer", "number", "sha256")}
+    of_tokens = ("tokenizer", "number", "sha256", "shards", "files")
+    known |= {f"tokens.{name}" for name in of_tokens}
     for name in config.override:
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known), 1)
@@ -276,6 +277,9 @@ def _unchangeable(was: RunConfig, config: RunConfig) -> dict[str, str]:
         found["optimizer"] = "its state is of another kind"
     if _shapes(was) != _shapes(config):
         found["model"] = "its weights have other shapes"
+    if was.data.stream and config.data.stream:
+        counted = "the place in the stream is counted by it"
+        found |= {f"data.stream_{name}": counted for name in ("lanes", "buffer")}
     return found
 
 

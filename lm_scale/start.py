@@ -16,6 +16,7 @@ from lm_scale.config import RunConfig
 from lm_scale.connect import check_devices, open_connections
 from lm_scale.console import say
 from lm_scale.data.loader import TrainBatches
+from lm_scale.data.streamed import StreamedBatches
 from lm_scale.errors import InputError
 from lm_scale.first_weights import check_init_from, read_weights
 from lm_scale.manifest import Manifest
@@ -135,8 +136,10 @@ def keep_config(
         write_config(config, step, changes)
 
 
-def fingerprint(batches: TrainBatches) -> dict[str, str | int]:
+def fingerprint(batches: TrainBatches | StreamedBatches) -> dict[str, str | int]:
     """What tells the tokens that a checkpoint was trained on from others."""
+    if isinstance(batches, StreamedBatches):
+        return batches.tokens
     manifest = batches.source.store.manifest
     found = {"tokenizer": manifest.tokenizer_hash, "number": manifest.tokens}
     # Stores of older versions have none, and so have the checkpoints made with them.
