@@ -233,7 +233,9 @@ def tokenizer(argv: list[str]) -> int:
 
 PREPARE_HELP = """\
 Makes the tokenizer and the token stores of a config file's run. It may be killed: the
-same command again goes on from the parts that are finished.
+same command again goes on from the parts that are finished. With data.stream it makes
+the tokenizer and the store of the held-out text, and no other; all of what follows then
+is about that store.
 
   --rank I --world N   does every N-th unit of the corpus, from the I-th on (0 to N-1).
                        Who makes the last one completes the store; rank 0 makes the

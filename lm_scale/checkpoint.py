@@ -391,10 +391,11 @@ class Saver:
         *,
         eval_loss: float | None = None,
         left_out: tuple[tuple[int, int], ...] = (),
+        stream: dict[str, Any] | None = None,
     ) -> None:
         """Starts to write the state; returns when it is copied and may be donated.
 
-        eval_loss: the held-out loss of these weights. left_out: see `Manifest`.
+        eval_loss: the held-out loss of these weights. left_out, stream: see `Manifest`.
         Passes over a save that is due while another is still being written.
         """
         self.poll()
@@ -408,7 +409,8 @@ class Saver:
             eval_loss = None
         items = _items(state)
         hashes: Future[jax.Array] = Future()
-        self._seal = self._sealing(step, items, hashes, eval_loss, left_out)
+        about = {"eval_loss": eval_loss, "left_out": left_out, "stream": stream}
+        self._seal = self._sealing(step, items, hashes, about)
         self._number += 1
         start = time.monotonic()
         first = distributed.index() == 0
@@ -442,10 +444,9 @@ class Saver:
         step: int,
         items: Mapping[str, Any],
         hashes: "Future[jax.Array]",
-        eval_loss: float | None,
-        left_out: tuple[tuple[int, int], ...],
+        about: dict[str, Any],
     ) -> Callable[[], None]:
-        """What writes the manifest, when all data are written."""
+        """What writes the manifest, `about` in it, when all data are written."""
         # The arrays are donated next: only what describes them is kept.
         shapes = {
             path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
@@ -463,8 +464,8 @@ class Saver:
             now = datetime.now(UTC).isoformat(timespec="seconds")
             filled = Manifest(
                 step=step, time=now, config=self.config, tokens=self.tokens,
-                left_out=left_out, eval_loss=eval_loss, arrays=facts, files={},
-                versions={"lm_scale": __version__, **versions},
+                arrays=facts, files={}, versions={"lm_scale": __version__, **versions},
+                **about,
             )  # fmt: skip
             manifest.write(filled, self.folder.being_written(step))
 

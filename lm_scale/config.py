@@ -42,6 +42,13 @@ class DataConfig:
     # epochs; the held-out text is that of all, as much as each has.
     mixture: tuple[Share, ...] = ()
     tokenizer: TokenizerConfig = TokenizerConfig()
+    # True: train straight from the corpus, of which no token store is made but that of
+    # the held-out text. (How files are read, also for a store, is corpus.streaming.)
+    stream: bool = False
+    stream_buffer: int = 10_000  # documents in memory, shuffled among one another
+    # Readers, each of its own shards of the corpus if their number divides evenly, else
+    # of its own rows. A process reads those of its rows of a batch.
+    stream_lanes: int = 1
     separator: bool = True  # an end-of-text token after each document
     # An example is a row of seq_len tokens. blocks: cut from all documents one after
     # the other. segmented: the same, but tokens see those of their own document only.
@@ -114,7 +121,10 @@ class RunConfig:
         times = (
             "steps", "epochs", "eval_every", "save_every", "keep_every", "stop_at",
         )  # fmt: skip
-        of_data = ("max_train_examples", "max_eval_examples", "workers")
+        of_data = (
+            "max_train_examples", "max_eval_examples", "workers", "stream_buffer",
+            "stream_lanes",
+        )  # fmt: skip
         for part, name in [
             *[(self, name) for name in counts + times],
             *[(self.data, name) for name in of_data],
@@ -167,6 +177,8 @@ class RunConfig:
         self._check_tokenizer()
         if self.data.mixture:
             self._check_mixture()
+        if self.data.stream:
+            self._check_stream()
 
     def _check_mixture(self) -> None:
         """What of the config several corpora leave no sense."""
@@ -187,6 +199,47 @@ class RunConfig:
             raise InputError(
                 f"data.corpus.source = {self.data.corpus.source!r} would not be read: "
                 "there is a data.mixture. Make it one of its sources, or leave one out."
+            )
+
+    def _check_stream(self) -> None:
+        """What a stream cannot do: it has no length, and no order but its own."""
+        data = self.data
+        if data.mixture:
+            raise InputError(
+                "data.stream reads one corpus, and there is a data.mixture. Leave one "
+                "out (of a mixture token stores are prepared)."
+            )
+        if data.examples != "blocks":
+            raise InputError(
+                f"data.stream cuts blocks, not data.examples = {data.examples!r}. Set "
+                f"that to blocks, or prepare a token store."
+            )
+        if self.steps is None:
+            raise InputError(
+                f"epochs = {self.epochs}, but nobody knows how long an epoch of a "
+                f"stream is. Give `steps`."
+            )
+        if data.max_train_examples is not None:
+            raise InputError(
+                f"data.max_train_examples = {data.max_train_examples}: a stream ends "
+                f"by `steps`; `data.corpus.max_documents` shortens its epochs."
+            )
+        if data.corpus.holdout != "hash" or not data.corpus.streaming:
+            raise InputError(
+                f"data.stream needs data.corpus.holdout = 'hash' and "
+                f"data.corpus.streaming = True, got {data.corpus.holdout!r} and "
+                f"{data.corpus.streaming}."
+            )
+        if data.corpus.drop_duplicates:
+            raise InputError(
+                "data.corpus.drop_duplicates = True, but a stream does not know which "
+                "documents it has read before. Set it to False, or prepare a token "
+                "store (data.stream = False)."
+            )
+        if self.batch % data.stream_lanes:
+            raise InputError(
+                f"batch = {self.batch} cannot be dealt evenly to data.stream_lanes = "
+                f"{data.stream_lanes}. Use a multiple of it."
             )
 
     def _check_tokenizer(self) -> None:
@@ -243,10 +296,14 @@ class RunConfig:
             causal=family_of(self.model).causal, segments=segments,
         )  # fmt: skip
 
-    def total_steps(self, examples: int) -> int:
-        """Optimizer steps of the run, whose training split has so many sequences."""
+    def total_steps(self, examples: int | None) -> int:
+        """Optimizer steps of the run, whose training split has so many sequences.
+
+        None: it is a stream, and `steps` are given.
+        """
         if self.steps is not None:
             return self.steps
+        assert examples is not None  # check
         return math.ceil((self.epochs or 0.0) * examples / self.batch)
 
     @property

@@ -21,6 +21,10 @@ class StorageError(OSError):
     """What was to be kept could not be written; the message is complete by itself."""
 
 
+class SourceLost(OSError):
+    """Text cannot be read on for now; the message is complete by itself."""
+
+
 def one_line(error: BaseException) -> str:
     """What an error of a library says, without its line breaks; else its type's name.
 

@@ -143,8 +143,14 @@ def rows_of(text: str, batch: int) -> range:
 def show_step(config: RunConfig, step: int, rows: range, console: Console) -> None:
     """Prints these rows of the batch that a step, counted from 1, trains on.
 
-    Raises InputError if the run has no such step, or no token store yet.
+    Raises InputError if the run has no such step, no token store yet, or a stream.
     """
+    if config.data.stream:
+        raise InputError(
+            "data.stream = True: the batches of a stream are made in order while "
+            "training, and cannot be shown by their step; `lm-scale prepare --inspect` "
+            "shows the held-out text."
+        )
     folder = Path(config.store_dir)
     for train in (folder / name / "train" for name in config.corpora):
         if read_manifest(train) is None:

@@ -2,8 +2,9 @@
 """The loop of a run: steps, and on the way evaluations, saves, and what goes wrong."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -12,6 +13,7 @@ from lm_scale import distributed
 from lm_scale.checkpoint import Saver
 from lm_scale.config import RunConfig
 from lm_scale.data.loader import EvalBatches, TrainBatches, device_batches
+from lm_scale.data.streamed import Place, StreamedBatches, merged
 from lm_scale.data.windows import Windows, batch_number
 from lm_scale.distributed import Request, Vote
 from lm_scale.evaluate import evaluate
@@ -35,7 +37,7 @@ class Loop:
 
     config: RunConfig
     mesh: Mesh
-    batches: TrainBatches
+    batches: TrainBatches | StreamedBatches
     held_out: EvalBatches | None  # None: nothing is evaluated
     steps: int  # of the whole run
     train_step: Callable[[TrainState, dict], tuple[TrainState, Metrics]]
@@ -59,11 +61,7 @@ class Loop:
         """Makes steps until the last one, a signal, or trouble."""
         config, step = self.config, int(state.step)
         last = min(self.steps, config.stop_at or self.steps)
-        source = device_batches(
-            self.batches, self.mesh, config.compute.rules,
-            start=step, stop=last, left_out=self.left_out,
-        )  # fmt: skip
-        for batch in self.metrics.timed(source):
+        for batch in self.metrics.timed(self._source(step, last)):
             self.watchdog.begin("a train step", batch["tokens"].shape)
             state, values = self.train_step(state, batch)
             step += 1
@@ -87,6 +85,32 @@ class Loop:
         self._agree_on_trouble()
         return state
 
+    def _source(self, start: int, stop: int) -> Iterator[dict[str, jax.Array]]:
+        """The batches of these steps, on the mesh."""
+        mesh, rules = self.mesh, self.config.compute.rules
+        span: Any = {"start": start, "stop": stop, "left_out": self.left_out}
+        if not isinstance(self.batches, StreamedBatches):
+            return device_batches(self.batches, mesh, rules, **span)
+        self.batches.shards.tell = self.metrics.print
+
+        def wait() -> None:
+            self.watchdog.begin("waiting for the text of a stream")
+
+        return self.batches.device_batches(mesh, rules, patience=wait, **span)
+
+    @property
+    def broken(self) -> BaseException | None:
+        """Why the stream, if there is one, has come to an end on this process."""
+        if not isinstance(self.batches, StreamedBatches):
+            return None
+        return self.batches.error
+
+    def _stream(self) -> Place | None:
+        """Where the stream of all processes goes on after this step."""
+        if not isinstance(self.batches, StreamedBatches):
+            return None
+        return merged(distributed.everyone(self.batches.place))
+
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """The held-out loss and the rest of it; empty if a signal came meanwhile."""
         assert self.held_out is not None  # config.evaluates
@@ -109,20 +133,23 @@ class Loop:
         self.watchdog.begin("saving the last checkpoint")
         if not self.config.keep_best:  # which wants to know first how good it is
             self.saver.wait()
-            self.saver.save(state, left_out=self.left_out)
+            self.saver.save(state, left_out=self.left_out, stream=self._stream())
         if step == self.steps and self.config.eval_at_end:
             results = self.evaluate(state)
         self.watchdog.begin("saving the last checkpoint")
         self.saver.finish(
-            state, eval_loss=self.losses.get(step), left_out=self.left_out
-        )
+            state, eval_loss=self.losses.get(step), left_out=self.left_out,
+            stream=self._stream(),
+        )  # fmt: skip
         if results and not self.metrics.has_eval(step):
             self.metrics.log_eval(step, results)
         return results
 
-    def go_back(self, step: int, left_out: Windows) -> None:
+    def go_back(self, step: int, left_out: Windows, place: Place | None) -> None:
         """From here on the run goes on from an earlier step, without these batches."""
         self.left_out, self.trouble = left_out, None
+        if isinstance(self.batches, StreamedBatches):
+            self.batches.place = place
         self.losses = {at: loss for at, loss in self.losses.items() if at <= step}
         self.saver.forget_after(step)
         self.metrics.go_back(step)
@@ -151,8 +178,9 @@ class Loop:
             return
         self.watchdog.begin("saving a checkpoint")
         self.saver.save(
-            state, eval_loss=self.losses.get(int(state.step)), left_out=self.left_out
-        )
+            state, eval_loss=self.losses.get(int(state.step)), left_out=self.left_out,
+            stream=self._stream(),
+        )  # fmt: skip
         self.publish(state)
 
     def _log(self) -> None:
@@ -165,15 +193,15 @@ class Loop:
         self.trouble = self.trouble or self.health.observe(step, numbers)
         write = step % self.config.log_every == 0 or step == self.steps
         write = write or (step == 1 and self.config.log_first)
-        if write and self.config.data.mixture:
+        if write and isinstance(batches := self.batches, TrainBatches):
             # Batches that were left out on the way count as seen.
-            seen = self.batches.epochs(batch_number(step - 1, self.left_out) + 1)
-            numbers |= {f"epochs/{name}": value for name, value in seen.items()}
+            seen = batches.epochs(batch_number(step - 1, self.left_out) + 1)
+            numbers |= {f"epochs/{name}": x for name, x in seen.items() if name}
         self.metrics.log_step(step, numbers, write=write)
 
     def _wanted(self) -> Request:
         """What this process wants of all."""
-        if self.signals.told.is_set():
+        if self.signals.told.is_set() or self.broken is not None:
             return Request.STOP
         if self.trouble is not None:
             return Request.ROLL_BACK

@@ -46,6 +46,8 @@ class Manifest:
     versions: dict[str, str]  # of lm_scale and the libraries
     arrays: dict[str, ArrayFacts]  # by path, e.g. params.blocks.qkv
     files: dict[str, tuple[int, str | None]]  # size (bytes), sha256 of small ones
+    # Where a run that trains from a stream goes on (data/streamed.py).
+    stream: dict[str, Any] | None = None
 
 
 def write(manifest: Manifest, folder: epath.Path) -> None:
@@ -154,7 +156,9 @@ def _from_json(body: dict[str, Any]) -> Manifest:
         )
         for path, facts in body["arrays"].items()
     }
-    fields = {field.name: body[field.name] for field in dataclasses.fields(Manifest)}
+    names = [field.name for field in dataclasses.fields(Manifest)]
+    # Checkpoints of older versions have no `stream`.
+    fields = {name: body[name] for name in names if name in body or name != "stream"}
     fields["arrays"] = arrays
     fields["left_out"] = tuple((first, stop) for first, stop in body["left_out"])
     fields["files"] = {name: tuple(facts) for name, facts in body["files"].items()}

@@ -16,6 +16,7 @@ from lm_scale.console import say
 from lm_scale.data.examples import Source
 from lm_scale.data.loader import TrainBatches
 from lm_scale.data.mixed import Mixed, stores_of
+from lm_scale.data.streamed import StreamedBatches
 from lm_scale.models import Model
 from lm_scale.sharding import LOGICAL_AXES, Rules, sharding_table
 
@@ -34,7 +35,7 @@ def describe(
     config: RunConfig,
     model: Model,
     mesh: Mesh,
-    batches: TrainBatches,
+    batches: TrainBatches | StreamedBatches,
     steps: int,
     console: Console,
 ) -> None:
@@ -60,27 +61,17 @@ def describe(
     weights = sum(math.prod(row.shape) for row in rows)
     sizes = [f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1]
     device = mesh.devices.flat[0]
-    tokens = round(config.batch * batches.source.mean_length)
-    texts = f"sequences of {config.seq_len}"
-    if config.data.examples == "documents":
-        texts = f"documents of {batches.source.mean_length:.1f} on average"
-    if config.data.examples == "packed":
-        texts += f", {batches.source.mean_length / config.seq_len:.1%} of them tokens"
+    tokens = round(config.batch * batches.mean_length)
     _, attention = config.choose_attention(mesh)
     shape = " ".join(sizes) or "1"
-    epochs = ", ".join(
-        f"{name} {value:.2f} epochs".lstrip()
-        for name, value in batches.epochs(steps).items()
-    )
     say(
         console,
         f"model      {type(config.model).__name__}, {weights:,} weights\n"
         f"devices    {mesh.size} × {device.device_kind}, mesh {shape}\n"
         f"attention  {attention}\n"
-        f"data       {tokens_of(batches.source)}, "
-        f"{batches.examples:,} {texts}\n"
-        f"run        {steps:,} steps of {tokens:,} tokens = "
-        f"{epochs}, in {config.run_dir}",
+        f"data       {_data(config, batches)}\n"
+        f"run        {steps:,} steps of {tokens:,} tokens{_epochs(batches, steps)}, in "
+        f"{config.run_dir}",
     )
     if config.schedule.warmup >= steps:
         say(
@@ -88,6 +79,27 @@ def describe(
             f"Note: the warm-up of {config.schedule.warmup:,} steps does not end in "
             f"the run's {steps:,}: the learning rate never reaches its peak.",
         )
+
+
+def _data(config: RunConfig, batches: TrainBatches | StreamedBatches) -> str:
+    if isinstance(batches, StreamedBatches):
+        return (
+            f"{batches.shards.source}, streamed from {batches.shards.count:,} shard(s) "
+            f"in {batches.lanes} lane(s), sequences of {config.seq_len}"
+        )
+    texts = f"sequences of {config.seq_len}"
+    if config.data.examples == "documents":
+        texts = f"documents of {batches.mean_length:.1f} on average"
+    if config.data.examples == "packed":
+        texts += f", {batches.mean_length / config.seq_len:.1%} of them tokens"
+    return f"{tokens_of(batches.source)}, {batches.examples:,} {texts}"
+
+
+def _epochs(batches: TrainBatches | StreamedBatches, steps: int) -> str:
+    if isinstance(batches, StreamedBatches):
+        return ""
+    seen = batches.epochs(steps).items()
+    return " = " + ", ".join(f"{name} {x:.2f} epochs".lstrip() for name, x in seen)
 
 
 def tokens_of(source: Source | Mixed) -> str:

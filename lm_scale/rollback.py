@@ -65,7 +65,7 @@ def roll_back(loop: Loop, target: TrainState) -> TrainState:
     )
     facts = {"left_out": left_out, "rollbacks": number}
     distributed.on_first(lambda: note(loop.config.run_dir, **facts))
-    loop.go_back(manifest.step, left_out)
+    loop.go_back(manifest.step, left_out, manifest.stream)
     loop.metrics.log_rollback(manifest.step, {**asdict(trouble), "left_out": left_out})
     loop.metrics.print(
         f"WARNING: {what} Rolled back to step {manifest.step} (the {number}. of at "

@@ -149,7 +149,8 @@ def check_brackets(name: str, value: str) -> None:
 def check_override(config: RunConfig) -> None:
     """InputError for a name in `override` that no field has, of no kind of config."""
     known = field_names(RunConfig) | {"tokens"}
-    known |= {f"tokens.{name}" for name in ("tokenizer", "number", "sha256")}
+    of_tokens = ("tokenizer", "number", "sha256", "shards", "files")
+    known |= {f"tokens.{name}" for name in of_tokens}
     for share in config.data.mixture:
         of_one = ("number", "sha256", "share")
         known |= {f"tokens.{share.name}.{name}" for name in of_one}
@@ -288,6 +289,9 @@ def _unchangeable(was: RunConfig, config: RunConfig) -> dict[str, str]:
         found["optimizer"] = "its state is of another kind"
     if _shapes(was) != _shapes(config):
         found["model"] = "its weights have other shapes"
+    if was.data.stream and config.data.stream:
+        counted = "the place in the stream is counted by it"
+        found |= {f"data.stream_{name}": counted for name in ("lanes", "buffer")}
     return found
 
 

@@ -3,10 +3,11 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,19 @@ from lm_scale.config import RunConfig
 from lm_scale.connect import check_devices, open_connections
 from lm_scale.console import say
 from lm_scale.data.corpus import Part, documents
+from lm_scale.data.encoding import Encoder, Spec
 from lm_scale.data.examples import Blocks, Documents, Pieces, Source
 from lm_scale.data.loader import EvalBatches, TrainBatches
 from lm_scale.data.mixed import Mixed
 from lm_scale.data.mixture import Mixture
 from lm_scale.data.packing import open_plan
-from lm_scale.data.prepare import Most, prepare
+from lm_scale.data.prepare import Most, end_of_text, prepare
 from lm_scale.data.ranks import Rank
 from lm_scale.data.recipe import train_shown
+from lm_scale.data.shards import Shards
+from lm_scale.data.sources import local_files
 from lm_scale.data.store import TokenStore
+from lm_scale.data.streamed import StreamedBatches
 from lm_scale.data.tokenizer import (
     load_tokenizer,
     tokenizer_hash,
@@ -53,6 +58,9 @@ from lm_scale.sharding import (
 )
 from lm_scale.step import make_eval_step
 
+# Of a stream: characters that a tokenizer is trained on, and, unless the config says
+# otherwise, how much of the held-out text is kept to evaluate on.
+SAMPLE, EVAL_EXAMPLES = 200_000_000, 1000
 PAD_MULTIPLE = 16  # tokens; widths of padded batches, that few programs are compiled
 
 
@@ -85,7 +93,9 @@ def prepare_tokenizer(config: RunConfig, console: Console, *, makes: bool = True
         recipe = {"hash": tokenizer_hash(tokenizer)}
     if there == recipe:
         return load_tokenizer(folder)
-    made = any(store.glob("train")) or any(store.glob("*/train"))  # or of a mixture
+    folders = (store, *store.glob("*/"))  # or those of a mixture's sources
+    parts = ("train", "validation")
+    made = any((folder / part).exists() for folder in folders for part in parts)
     if there is not None and made:
         found = differences(flatten(there), flatten(recipe))
         if "hash" in there and "hash" in recipe:
@@ -100,7 +110,9 @@ def prepare_tokenizer(config: RunConfig, console: Console, *, makes: bool = True
             "made it anew. Start this rank again once it has."
         )
     if tokenizer is None:
-        texts = training_texts(config)
+        texts: Iterable[str] = training_texts(config)
+        if config.data.stream:
+            texts = first_texts(texts, SAMPLE)
         say(console, f"Training a tokenizer of {settings.vocab_size} tokens ...")
         length = config.model.positions
         tokenizer = train_shown(texts, settings, max_length=length, console=console)
@@ -143,6 +155,15 @@ def named(source: str) -> Iterator[None]:
         raise InputError(f"data.mixture, {source}: {error}") from error
 
 
+def first_texts(texts: Iterable[str], most: int) -> Iterator[str]:
+    """The first of them, up to the one that reaches `most` characters in all."""
+    for text in texts:
+        yield text
+        most -= len(text)
+        if most <= 0:
+            return
+
+
 def prepare_data(
     config: RunConfig,
     console: Console,
@@ -150,9 +171,11 @@ def prepare_data(
 ):
     """Makes what is missing of tokenizer and token stores; returns the tokenizer.
 
+    With `data.stream` the text to train on is never stored.
     Process 0 makes it; the others wait for it, and then must find it too.
     Raises InputError if the tokenizer does not fit the model or the objective.
     """
+    parts = stored(config, parts)
     if distributed.index() == 0:
         tokenizer = make_data(config, console, parts)
         distributed.from_first("made")
@@ -165,6 +188,11 @@ def prepare_data(
     return load_tokenizer(distributed.see(store / "tokenizer" / "recipe.json").parent)
 
 
+def stored(config: RunConfig, parts: Sequence[Part]) -> list[Part]:
+    """Those of the parts that a run has a token store of."""
+    return [part for part in parts if part != "train" or not config.data.stream]
+
+
 def prepare_share(config: RunConfig, console: Console, rank: Rank) -> None:
     """A rank's share of `prepare_data`; whoever makes the last part completes it.
 
@@ -174,7 +202,10 @@ def prepare_share(config: RunConfig, console: Console, rank: Rank) -> None:
     together = distributed.count() > 1
     if together and distributed.index() > 0:
         console = Console(quiet=True)
-    parts: tuple[Part, ...] = ("train", "validation")
+    parts = stored(config, ("train", "validation"))
+    if config.data.stream:
+        say(console, "data.stream: what is trained on is read while training; only the "
+            "tokenizer and the held-out text are stored.")  # fmt: skip
     make_data(config, console, parts, rank)
     if together:
         distributed.everyone(True)
@@ -251,6 +282,24 @@ def open_train(config: RunConfig, tokenizer, mesh: Mesh) -> TrainBatches:
     )  # fmt: skip
 
 
+def open_stream(config: RunConfig, tokenizer, mesh: Mesh) -> StreamedBatches:
+    """The training batches of a run that reads its corpus as it goes."""
+    data = config.data
+    shards = Shards(data.corpus, cache_dir=data.cache_dir)
+    tokens = {"tokenizer": tokenizer_hash(tokenizer), "shards": shards.count}
+    files = local_files(data.corpus.source, data.corpus.subset)
+    if files:  # the others cannot be told from what they were without reading them
+        facts = [[file.name, file.stat().st_size] for file in files]
+        tokens["files"] = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    end = end_of_text(tokenizer) if data.separator else None
+    spec = Spec(tokenizer.backend_tokenizer.to_str(), end, "int32")
+    return StreamedBatches(
+        shards, Encoder(spec), config.objective, vocabulary_of(tokenizer),
+        batch=config.batch, seq_len=config.seq_len, seed=config.seed,
+        lanes=data.stream_lanes, buffer=data.stream_buffer, tokens=tokens,
+    )  # fmt: skip
+
+
 def open_eval(config: RunConfig, tokenizer, mesh: Mesh) -> EvalBatches:
     """The held-out batches of a run whose store exists.
 
@@ -268,7 +317,10 @@ def open_eval(config: RunConfig, tokenizer, mesh: Mesh) -> EvalBatches:
 
 def max_examples(config: RunConfig, part: Part) -> int | None:
     data = config.data
-    return data.max_train_examples if part == "train" else data.max_eval_examples
+    if part == "train":
+        return data.max_train_examples
+    by_default = EVAL_EXAMPLES if data.stream else None
+    return data.max_eval_examples or by_default
 
 
 def open_source(config: RunConfig, tokenizer, mesh: Mesh, part: Part) -> Source | Mixed:

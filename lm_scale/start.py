@@ -17,6 +17,7 @@ from lm_scale.connect import check_devices, open_connections
 from lm_scale.console import say
 from lm_scale.data.loader import TrainBatches
 from lm_scale.data.mixed import stores_of
+from lm_scale.data.streamed import StreamedBatches
 from lm_scale.errors import InputError
 from lm_scale.first_weights import check_init_from, read_weights
 from lm_scale.manifest import Manifest
@@ -136,11 +137,13 @@ def keep_config(
         write_config(config, step, changes)
 
 
-def fingerprint(batches: TrainBatches) -> dict[str, str | int]:
+def fingerprint(batches: TrainBatches | StreamedBatches) -> dict[str, str | int]:
     """What tells the tokens that a checkpoint was trained on from others.
 
     Of a mixture: `NAME.number`, `NAME.sha256` and `NAME.share` for each source.
     """
+    if isinstance(batches, StreamedBatches):
+        return batches.tokens
     found: dict[str, str | int] = {}
     for name, (store, share) in stores_of(batches.source).items():
         manifest, prefix = store.manifest, f"{name}." if name else ""

@@ -19,6 +19,7 @@ from lm_scale.checkpoint_folder import CheckpointFolder, has_checkpoints
 from lm_scale.config import RunConfig
 from lm_scale.data.corpus import Part
 from lm_scale.data.loader import EvalBatches, TrainBatches
+from lm_scale.data.streamed import StreamedBatches
 from lm_scale.errors import InputError
 from lm_scale.evaluate import unigram_loss
 from lm_scale.first_weights import read_weights
@@ -44,6 +45,7 @@ from lm_scale.runs import (
     OpenRun,
     held_out_loss,
     open_eval,
+    open_stream,
     open_train,
     prepare_data,
 )
@@ -102,7 +104,7 @@ class Text:
     """A run's text, ready to be trained on."""
 
     tokenizer: Any
-    batches: TrainBatches
+    batches: TrainBatches | StreamedBatches
     held_out: EvalBatches | None  # None: the run is not evaluated
     fingerprint: dict[str, str | int]
 
@@ -113,7 +115,8 @@ def open_text(config: RunConfig, mesh: Mesh, console: Console) -> Text:
     check_folders(config)
     parts: list[Part] = ["train", "validation"] if config.evaluates else ["train"]
     tokenizer = prepare_data(config, console, parts)
-    batches = open_train(config, tokenizer, mesh)
+    streams = config.data.stream
+    batches = (open_stream if streams else open_train)(config, tokenizer, mesh)
     held_out = open_eval(config, tokenizer, mesh) if config.evaluates else None
     tokens = fingerprint(batches)
     distributed.agree(tokens)
@@ -130,7 +133,8 @@ def check_folders(config: RunConfig) -> None:
         there = (path for path in checkpoints.parents if path.exists())
         distributed.check_shared(Path(distributed.from_first(str(next(there, "/")))))
     store = Path(config.store_dir)
-    made = all((store / x / "train/manifest.json").exists() for x in config.corpora)
+    part = "validation" if config.data.stream else "train"
+    made = all((store / x / part / "manifest.json").exists() for x in config.corpora)
     if not all(distributed.everyone(made)):  # each had made the same for itself
         distributed.check_shared(store)
 
@@ -158,6 +162,8 @@ def run(
         state, found = first_state(config, model, optimizer, mesh, folder, console)
     # From here on the directory holds this run.
     keep_config(config, found, text.fingerprint, console)
+    if isinstance(text.batches, StreamedBatches) and found is not None:
+        text.batches.place = found.stream
 
     # 2. The loop.
     metrics = metrics_of(config, mesh, text.batches, int(state.step), steps)
@@ -198,6 +204,8 @@ def run(
             say_stopped(loop, step)
             if uploads is not None:
                 uploads.give_up()
+            if loop.broken is not None:
+                raise loop.broken
             return Outcome(step, False, loop.vote.stopped, {})
         signals.at_once = "all is saved"
 
@@ -296,10 +304,14 @@ def evaluate_only(
 
 
 def metrics_of(
-    config: RunConfig, mesh: Mesh, batches: TrainBatches, start: int, steps: int
+    config: RunConfig,
+    mesh: Mesh,
+    batches: TrainBatches | StreamedBatches,
+    start: int,
+    steps: int,
 ) -> MetricsLogger:
     """The logger of a run that goes from step `start` to step `steps`."""
-    tokens_per_step = round(config.batch * batches.source.mean_length)
+    tokens_per_step = round(config.batch * batches.mean_length)
     flops_per_token = config.model.train_flops_per_token(config.seq_len)
     return MetricsLogger(
         Path(config.run_dir),
@@ -336,15 +348,16 @@ def conclude(
 ) -> None:
     """Exports the model first, then tells what it has learnt and where everything is.
 
-    Adds the unigram loss to the results, if there are any.
+    Adds the unigram loss to the results, if there are any, and a token store.
     """
     hf.export(config.model, params, text.tokenizer, config.run_dir)
     sample = sample_text(config, model, params, text.tokenizer)
     if distributed.index() > 0:
         return
-    if results and text.held_out is not None:
-        source, vocab = text.batches.source, config.model.vocab
-        results["unigram_loss"] = unigram_loss(source, text.held_out, vocab)
+    batches = text.batches  # of a stream nobody has counted the tokens
+    if results and text.held_out is not None and isinstance(batches, TrainBatches):
+        vocab = config.model.vocab
+        results["unigram_loss"] = unigram_loss(batches.source, text.held_out, vocab)
     report(config, results, sample, console)
 
 

@@ -15,7 +15,7 @@ PACKAGE = Path(lm_scale.__file__).parent
 # A module imports modules of the lines above its own only. `models.*` and `data.*`
 # stand for what is not named itself. `lm_scale` is the package: version, no code.
 ORDER = (
-    ("lm_scale", "console", "errors", "hashing", "peaks"),
+    ("lm_scale", "console", "errors", "hashing", "peaks", "data.ahead"),
     ("wandb_run", "cluster", "changes", "manifest"),
     ("sharding", "objectives", "optim", "metrics", "distributed", "data", "lock"),
     ("checkpoint_folder", "replicas"),
@@ -25,13 +25,14 @@ ORDER = (
     ("data.units", "data.arrays", "data.ranks"),
     ("data.corpus", "data.parts", "data.tokenizer", "data.encoding"),
     ("data.store", "data.texts", "data.waiting"),
-    ("data.duplicates", "data.progress"),
-    ("data.work",),
+    ("data.duplicates", "data.progress", "data.shards"),
+    ("data.work", "data.stream"),
     ("losses", "models.layers", "models.scan", "data.windows", "data.order"),
     ("data.packing", "data.token_cache", "data.where", "data.shown", "data.mixture"),
     ("data.examples", "data.share", "guard", "hub"),
     ("data.mixed", "models.kernels", "models.ring"),
     ("data.*", "models.attention", "models.rotary"),
+    ("data.streamed",),
     ("models.*",),  # the families, which do not know one another
     ("models",),
     ("hf_tensors",),
@@ -139,7 +140,8 @@ def test_data_objectives_optimizers_and_metrics_know_no_model(module):
 @pytest.mark.parametrize("module", [n for n in KNOW_NO_MODEL if n.startswith("data")])
 def test_jax_is_imported_where_the_batch_becomes_a_global_array(module):
     libraries = {name.partition(".")[0] for name in imports(TREES[module])}
-    assert ("jax" in libraries) == (module == "data.loader")
+    makes_it = module in ("data.loader", "data.streamed")
+    assert ("jax" in libraries) == makes_it
     assert "flax" not in libraries
 
 

@@ -12,7 +12,7 @@ devices hold.
 import bisect
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import grain
 import jax
@@ -26,6 +26,7 @@ from lm_scale.data.windows import batch_number
 from lm_scale.objectives import IGNORE, NoiseKeys, Objective, Vocabulary
 from lm_scale.sharding import Rules
 
+T = TypeVar("T")
 HostBatch = dict[str, np.ndarray]  # int32 [rows T or M]: some rows of a global batch
 AHEAD = 1  # batches that are on their way to the devices while a step runs
 
@@ -44,6 +45,7 @@ class Batches:
     ):
         self.source, self.objective, self.vocabulary = source, objective, vocabulary
         self.batch, self.seed, self.examples = batch, seed, len(source)
+        self.mean_length = source.mean_length  # tokens
 
     def make(self, epochs: np.ndarray, numbers: np.ndarray, width: int) -> HostBatch:
         """Examples by number, with the noise of their epochs; rows in that order.
@@ -144,29 +146,52 @@ def device_batches(
     """
     if start >= stop:
         return
-    by_row = NamedSharding(mesh, rules.spec("batch"))
-    slices: Any = by_row.addressable_devices_indices_map((batches.batch,)).values()
-    rows = sorted({row for s in slices for row in range(*s[0].indices(batches.batch))})
+    rows = rows_here(mesh, rules, batches.batch)
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
     local: Any = LocalRows(
         batches, rows, stop, left_out
     )  # all that grain asks of a source
     source = grain.MapDataset.source(local)
+    yield from sent_ahead(
+        on_mesh(host, rows, batches.batch, mesh, rules)
+        for host in source[start:].to_iter_dataset(options)
+    )
+
+
+def rows_here(mesh: Mesh, rules: Rules, batch: int) -> list[int]:
+    """The rows of a global batch that this process's devices hold, in order."""
+    by_row = NamedSharding(mesh, rules.spec("batch"))
+    slices: Any = by_row.addressable_devices_indices_map((batch,)).values()
+    return sorted({row for s in slices for row in range(*s[0].indices(batch))})
+
+
+def on_mesh(
+    host: HostBatch, rows: list[int], batch: int, mesh: Mesh, rules: Rules
+) -> dict[str, jax.Array]:
+    """The global batch, int32 [batch T or M], of which this process has these rows."""
     by_token = NamedSharding(mesh, rules.spec("batch", "seq"))
     # Those of a row that has been cut are known to all devices that share it.
     shardings = {"masked_positions": NamedSharding(mesh, rules.spec("batch", None))}
-    sent: deque[dict[str, jax.Array]] = deque()
-    for host in source[start:].to_iter_dataset(options):
-        sent.append(
-            {
-                name: _global(
-                    x, rows, (batches.batch, x.shape[1]), shardings.get(name, by_token)
-                )
-                for name, x in host.items()
-            }
-        )
-        if len(sent) > AHEAD:
-            yield sent.popleft()
+    return {
+        name: _global(x, rows, (batch, x.shape[1]), shardings.get(name, by_token))
+        for name, x in host.items()
+    }
+
+
+def sent_ahead(batches: Iterator[T]) -> Iterator[T]:
+    """The same; `AHEAD` more are on their way to the devices than were asked for.
+
+    What `batches` raises is raised when all that came before has been taken.
+    """
+    sent: deque[T] = deque()
+    try:
+        for batch in batches:
+            sent.append(batch)
+            if len(sent) > AHEAD:
+                yield sent.popleft()
+    except Exception:
+        yield from sent
+        raise
     yield from sent
 
 

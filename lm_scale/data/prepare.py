@@ -74,7 +74,7 @@ def prepare(
     """
     console, rank = console or Console(), rank or Rank()
     parts = {"train": Most(), "validation": Most()} if parts is None else parts
-    end = _end_of_text(tokenizer) if separator else None
+    end = end_of_text(tokenizer) if separator else None
     size = vocabulary_size(tokenizer)
     facts = {
         "tokenizer_hash": tokenizer_hash(tokenizer),
@@ -131,7 +131,7 @@ def _path(out: str | Path, part: Part) -> str:
     return os.path.join(os.path.expanduser(out), part)
 
 
-def _end_of_text(tokenizer: "PreTrainedTokenizerFast") -> int:
+def end_of_text(tokenizer: "PreTrainedTokenizerFast") -> int:
     for name in (tokenizer.eos_token, tokenizer.sep_token):
         if name is not None:
             return tokenizer.get_vocab()[str(name)]

@@ -56,13 +56,13 @@ def cut(rows: Rows, files: list[Path], *, whole: bool) -> list[Unit]:
     units = []
     for i in range(number):
         first, last = _bounds(shards, number, i)
-        own = tuple(known[first:last])
+        own = known[first:last]
         name = f"shards {first} to {last - 1} of {shards}"
         if own:
             more = f" to {own[-1].name}" if len(own) > 1 else ""
             name = f"{own[0].name}{more}"
         part = stream.shard(number, i)
-        units.append(Unit(name, part, own, fingerprint(list(own or files))))
+        units.append(Unit(name, part, tuple(own), fingerprint(own or files)))
     return units
 
 
