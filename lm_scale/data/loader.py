@@ -148,9 +148,7 @@ def device_batches(
         return
     rows = rows_here(mesh, rules, batches.batch)
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
-    local: Any = LocalRows(
-        batches, rows, stop, left_out
-    )  # all that grain asks of a source
+    local: Any = LocalRows(batches, rows, stop, left_out)  # all that grain asks for
     source = grain.MapDataset.source(local)
     yield from sent_ahead(
         on_mesh(host, rows, batches.batch, mesh, rules)

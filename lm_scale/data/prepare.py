@@ -101,7 +101,7 @@ def prepare(
         if not any(finished(jobs[part])):
             _check_nonempty(jobs[part], part)
 
-    with Encoders[Label](spec, workers or len(os.sched_getaffinity(0))) as encoders:
+    with Encoders[Label](spec, workers or _cpus()) as encoders:
         for part, job in jobs.items():
             start = time.perf_counter()
             made, missing = make(job, encoders, rank, part, console)
@@ -117,6 +117,13 @@ def prepare(
                 manifests[part] = made
                 say(console, f"{part}: {_summary(made)}, {seconds:.1f} s")
     return manifests
+
+
+def _cpus() -> int:
+    """Those that this process may use; macOS does not tell."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _source(corpus: CorpusConfig, part: Part, most: Most) -> dict[str, Any]:

@@ -13,9 +13,8 @@ import numpy as np
 
 from lm_scale.data.store import TokenStore
 
-WINDOW = (
-    1 << 14
-)  # tokens, aligned: a chunk of the store, the least that it decompresses
+# Tokens, aligned: a chunk of the store, which is the least that it decompresses.
+WINDOW = 1 << 14
 BYTES = 256 << 20  # of windows, for each store; those used last stay
 
 
