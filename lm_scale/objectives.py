@@ -59,6 +59,10 @@ class CausalLM:
     def check(self, vocabulary: Vocabulary) -> None:
         """Any vocabulary will do."""
 
+    def head_share(self, width: int) -> float:
+        """At what share of the places of such a row the model's head works."""
+        return 1.0
+
     def examples(
         self,
         tokens: np.ndarray,
@@ -89,8 +93,7 @@ class MaskedLM:
     so many is equally likely. The examples then have `masked_positions` besides: the
     chosen places in ascending order, then -1, in a row of `round(probability * T)`
     whatever is chosen. So the model's head works at these places alone, a share
-    `probability` of its FLOPs and memory, and the loss is the same. (`mfu` counts the
-    head at every place all the same, and so comes out too high.)
+    `probability` of its FLOPs and memory, and the loss is the same.
     """
 
     probability: float = 0.15  # that a token which is not special has to be predicted
@@ -106,6 +109,14 @@ class MaskedLM:
                 f"got probability = {self.probability}, masked = {self.masked}, "
                 f"random = {self.random}."
             )
+
+    def head_share(self, width: int) -> float:
+        """At what share of the places of such a row the model's head works."""
+        return self._most(width) / width if self.fixed_count else 1.0
+
+    def _most(self, width: int) -> int:
+        """How many places of a row `fixed_count` chooses at most."""
+        return max(1, round(self.probability * width))
 
     def check(self, vocabulary: Vocabulary) -> None:
         """InputError if the tokenizer has no mask token."""
@@ -137,7 +148,7 @@ class MaskedLM:
         }
         example["tokens"][chosen] = self._hide(tokens[chosen], fate[chosen], vocabulary)
         if self.fixed_count:
-            most = max(1, round(self.probability * tokens.shape[1]))
+            most = self._most(tokens.shape[1])
             example["masked_positions"] = _places(chosen, most)
         return example
 

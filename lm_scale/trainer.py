@@ -312,7 +312,9 @@ def metrics_of(
 ) -> MetricsLogger:
     """The logger of a run that goes from step `start` to step `steps`."""
     tokens_per_step = round(config.batch * batches.mean_length)
-    flops_per_token = config.model.train_flops_per_token(config.seq_len)
+    flops_per_token = config.model.train_flops_per_token(
+        config.seq_len, config.objective.head_share(config.seq_len)
+    )
     return MetricsLogger(
         Path(config.run_dir),
         start_step=start,

@@ -299,3 +299,11 @@ def test_clm_labels_stop_at_the_end_of_a_segment():
     labels = CausalLM().examples(tokens, VOCABULARY, keys, segments)["labels"]
     none = IGNORE
     assert labels.tolist() == [[11, none, none, 14, 15, none, none, none]]
+
+
+@pytest.mark.parametrize("width", [3, 7, 128])
+def test_the_head_works_where_the_batch_says(width):
+    assert CausalLM().head_share(width) == MaskedLM().head_share(width) == 1.0
+    fixed = MaskedLM(fixed_count=True)
+    (places,) = example(fixed, text(width))["masked_positions"].shape
+    assert fixed.head_share(width) == places / width

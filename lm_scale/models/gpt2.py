@@ -59,17 +59,17 @@ class GPT2Config:
         check_shape(self)
         check_heads(self)
 
-    def train_flops_per_token(self, seq_len: int) -> float:
+    def train_flops_per_token(self, seq_len: int, head_share: float = 1.0) -> float:
         """Model FLOPs of forward and backward pass for one token of a sequence.
 
         3 × forward (the backward pass costs twice the forward); forward = 2 × the
         weights of all matrices, output included, + attention's two products over the
         (seq_len + 1) / 2 keys that a causal query sees on average. Lookups, norms and
-        recomputation count nothing.
+        recomputation count nothing. head_share: of the positions that have an output.
         """
         block = 4 * self.embed**2 + 2 * self.embed * self.mlp
         attend = 2 * self.embed * (seq_len + 1) / 2
-        matrices = self.layers * block + self.embed * self.vocab
+        matrices = self.layers * block + head_share * self.embed * self.vocab
         return 3 * 2 * (matrices + self.layers * attend)
 
     @classmethod

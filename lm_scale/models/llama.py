@@ -83,18 +83,19 @@ class LlamaConfig:
         if self.window is not None and self.window < 1:
             raise InputError(f"model.window = {self.window}: expected 1 or more.")
 
-    def train_flops_per_token(self, seq_len: int) -> float:
+    def train_flops_per_token(self, seq_len: int, head_share: float = 1.0) -> float:
         """Model FLOPs of forward and backward pass for one token of a sequence.
 
         3 × forward; forward = 2 × the weights of all matrices, output included, +
         attention's two products over the keys that a query sees on average.
+        head_share: of the positions that have an output.
         """
         width = self.heads * self.head_dim
         block = self.embed * (2 * width + 2 * self.kv_heads * self.head_dim)
         block += 3 * self.embed * self.mlp
         seen = min(self.window or seq_len, seq_len)
         keys = seen - seen * (seen - 1) / (2 * seq_len)  # mean of min(i + 1, seen)
-        matrices = self.layers * block + self.embed * self.vocab
+        matrices = self.layers * block + head_share * self.embed * self.vocab
         return 3 * 2 * (matrices + self.layers * 2 * width * keys)
 
     @classmethod

@@ -60,16 +60,17 @@ class RobertaConfig:
         check_shape(self)
         check_heads(self)
 
-    def train_flops_per_token(self, seq_len: int) -> float:
+    def train_flops_per_token(self, seq_len: int, head_share: float = 1.0) -> float:
         """Model FLOPs of forward and backward pass for one token of a sequence.
 
-        3 × forward; forward = 2 × the weights of all matrices, the head's included and
-        counted at every position, + attention's two products over all seq_len keys.
+        3 × forward; forward = 2 × the weights of all matrices, the head's included, +
+        attention's two products over all seq_len keys. head_share: of the positions,
+        those at which the head works.
         """
         block = 4 * self.embed**2 + 2 * self.embed * self.mlp
         head = self.embed**2 + self.embed * self.vocab
         attend = 2 * self.embed * seq_len
-        return 3 * 2 * (self.layers * (block + attend) + head)
+        return 3 * 2 * (self.layers * (block + attend) + head_share * head)
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> "RobertaConfig":
