@@ -47,3 +47,13 @@ def failing(monkeypatch):
     monkeypatch.setattr(manifest, "write", full)
     monkeypatch.setattr(checkpoint, "LAST_TRIES", (0, 0, 0))
     return lambda times: left.__setitem__(0, times)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """After each file: Linux lets a process map 65,530 pieces of memory.
+
+    Each program that jax keeps holds a few. At the limit LLVM aborts, without a word.
+    """
+    yield
+    jax.clear_caches()
