@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None, *, script: str | None = None) -> int:
 
 def run(command: str, argv: list[str], script: str | None) -> int:
     """One command, on all the processes that it was started on."""
-    if COMMANDS.get(command) in ALONE:
+    if command in ALONE:
         return COMMANDS[command](argv)
     from lm_scale.connect import connect
     from lm_scale.distributed import finish
@@ -248,11 +248,10 @@ is about that store.
 
 
 def prepare(argv: list[str]) -> int:
-    if "--inspect" in argv:
-        return inspect([word for word in argv if word != "--inspect"])
+    for flag in ("--inspect", "--verify"):
+        if flag in argv:
+            return look(flag, [word for word in argv if word != flag])
     flags, argv = prepare_flags(argv)
-    if "verify" in flags:
-        return verify_stores(argv)
     config = config_from("prepare", PREPARE_HELP, argv)
     if config is None:
         return 0
@@ -275,15 +274,13 @@ def prepare(argv: list[str]) -> int:
 
 
 def prepare_flags(argv: list[str]) -> tuple[dict[str, int], list[str]]:
-    """The flags of `prepare` itself, as numbers, and the arguments without them."""
+    """--rank and --world, and the arguments without them."""
     flags: dict[str, int] = {}
     rest: list[str] = []
     arguments = iter(argv)
     for argument in arguments:
         name, equals, value = argument.partition("=")
-        if argument == "--verify":
-            flags["verify"] = 1
-        elif name in ("--rank", "--world"):
+        if name in ("--rank", "--world"):
             given = value if equals else next(arguments, "")
             if not given.isdecimal():
                 raise InputError(f"{name} {given!r}: expected a number from 0 on.")
@@ -293,32 +290,14 @@ def prepare_flags(argv: list[str]) -> tuple[dict[str, int], list[str]]:
     return flags, rest
 
 
-def verify_stores(argv: list[str]) -> int:
-    """`prepare --verify`; 1 if a store is damaged."""
-    if argv and argv[0].endswith(".py"):
-        config = config_from("prepare --verify", PREPARE_HELP, argv)
-        if config is None:
-            return 0
-        where = [os.path.join(config.store_dir, name) for name in config.corpora]
-    elif len(argv) == 1 and not argv[0].startswith("-"):
-        where = argv
-    else:
-        raise InputError("--verify: expected a config file or the path of a store.")
+def look(flag: str, argv: list[str]) -> int:
+    """`prepare --inspect` and `prepare --verify`, which make nothing."""
     from rich.console import Console
 
-    from lm_scale.data.verify import stores_at, verify
+    from lm_scale.look import inspect_command, verify_command
 
-    console = Console()
-    stores = [store for path in where for store in stores_at(path)]
-    return 0 if all([verify(store, console) for store in stores]) else 1
-
-
-def inspect(argv: list[str]) -> int:
-    from rich.console import Console
-
-    from lm_scale.look import inspect_command
-
-    return inspect_command(argv, Console())
+    command = inspect_command if flag == "--inspect" else verify_command
+    return command(argv, Console())
 
 
 def data(argv: list[str]) -> int:
@@ -489,16 +468,21 @@ def rules(argv: list[str]) -> int:
     return 0
 
 
-# By the names of their functions; `config_` and `eval_` would hide other things.
-COMMANDS = {
-    function.__name__.rstrip("_"): function
-    for function in (
-        rules, train, tokenizer, config_, prepare, data, eval_, generate_, export,
-        checkpoint, launch,
-    )
-}  # fmt: skip
 # Those that are always a single process.
-ALONE = (tokenizer, config_, rules, data, checkpoint, launch)
+ALONE = ("tokenizer", "config", "rules", "data", "checkpoint", "launch")
+COMMANDS = {
+    "rules": rules,
+    "train": train,
+    "tokenizer": tokenizer,
+    "config": config_,
+    "prepare": prepare,
+    "data": data,
+    "eval": eval_,
+    "generate": generate_,
+    "export": export,
+    "checkpoint": checkpoint,
+    "launch": launch,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looking at data: `lm-scale prepare --inspect` and `lm-scale data show`.
+"""Looking at data: `lm-scale prepare --inspect` and `--verify`, `lm-scale data show`.
 
-Neither needs the run's devices, or its model.
+None needs the run's devices, or its model.
 """
 
 import argparse
+import os
 from pathlib import Path
 
 from rich.console import Console
@@ -16,11 +17,12 @@ from lm_scale.data.inspect_store import inspect
 from lm_scale.data.shown import tokenizer_of
 from lm_scale.data.store import TokenStore, read_manifest
 from lm_scale.data.tokenizer import load_tokenizer
+from lm_scale.data.verify import stores_at, verify
 from lm_scale.data.windows import Windows, batch_number
 from lm_scale.errors import InputError
 from lm_scale.run_json import noted, read_run
 from lm_scale.runs import open_train, some_mesh
-from lm_scale.show_batch import Shown, show
+from lm_scale.show_batch import show
 
 INSPECT = """\
 usage: lm-scale prepare --inspect CONFIG [--field value ...]
@@ -28,6 +30,13 @@ usage: lm-scale prepare --inspect CONFIG [--field value ...]
 
 Shows what the token stores of a run hold, or those in a folder: documents, tokens, a
 histogram of lengths, samples.
+"""
+VERIFY = """\
+usage: lm-scale prepare --verify CONFIG [--field value ...]
+       lm-scale prepare --verify RUN_DIR|STORE
+
+Reads the token stores of a run, or those in a folder, against their checksums. Exit
+status 1 if something is damaged.
 """
 SHOW = """\
 usage: lm-scale data show CONFIG|RUN_DIR --step N [--rows A:B] [--field value ...]
@@ -46,55 +55,57 @@ them; rows, examples and documents from 0.
 
 def inspect_command(argv: list[str], console: Console) -> int:
     """`argv`: what follows `prepare`, without `--inspect`. Raises InputError."""
-    if not argv or {"-h", "--help"} & set(argv):
-        say(console, INSPECT.rstrip())
-        if not argv:
-            raise InputError("expected a config file, a run or a token store.")
+    if _helped(argv, INSPECT, console):
         return 0
-    where, rest = argv[0], argv[1:]
-    if Path(where).is_file():
-        config = _config(where, rest, "prepare --inspect")
-        return _inspect_all(config.store_dir, config.seq_len, console)
+    config, rest = _named(argv, "prepare --inspect")
     parser = argparse.ArgumentParser(
         "lm-scale prepare --inspect", usage=INSPECT, allow_abbrev=False
     )
-    parser.add_argument("--seq-len", type=int)
+    parser.add_argument("--seq-len", type=int, default=config and config.seq_len)
     seq_len = parser.parse_args(rest).seq_len
-    if (Path(where) / "run.json").is_file():
-        config = read_run(where)
-        return _inspect_all(config.store_dir, seq_len or config.seq_len, console)
-    return _inspect_all(where, seq_len, console)
-
-
-def _inspect_all(where: str, seq_len: int | None, console: Console) -> int:
-    for path in stores_of(where):
+    for path in _stores(config, argv[0]):
         store = TokenStore.open(path)
         inspect(store, tokenizer_of(store), seq_len, console)
     return 0
 
 
-def stores_of(where: str) -> list[str]:
-    """The store at a path or url, or those in the folder; InputError if there is none.
+def verify_command(argv: list[str], console: Console) -> int:
+    """`argv`: what follows `prepare`, without `--verify`; 1 if a store is damaged."""
+    if _helped(argv, VERIFY, console):
+        return 0
+    config, rest = _named(argv, "prepare --verify")
+    if rest:
+        raise InputError(f"--verify takes nothing behind a folder, got {rest[0]!r}.")
+    whole = [verify(path, console) for path in _stores(config, argv[0])]
+    return 0 if all(whole) else 1
 
-    Below a url nothing is looked for.
-    """
-    if read_manifest(where) is not None:
-        return [where]
-    found: list[str] = []
-    if "://" not in where:
-        names = (
-            "*/manifest.json",
-            "*/train/manifest.json",
-            "*/validation/manifest.json",
-        )
-        paths = {path for name in names for path in Path(where).glob(name)}
-        found = [str(path.parent) for path in sorted(paths)]
-    if not found:
-        raise InputError(
-            f"{where} holds no complete token store: expected a config file, or the "
-            "folder of a run or of a store. Run `lm-scale prepare CONFIG` first."
-        )
-    return found
+
+def _helped(argv: list[str], usage: str, console: Console) -> bool:
+    """If help was asked for, which is then shown."""
+    if argv and not {"-h", "--help"} & set(argv):
+        return False
+    say(console, usage.rstrip())
+    if not argv:
+        raise InputError("expected a config file, a run or a token store.")
+    return True
+
+
+def _named(argv: list[str], command: str) -> tuple[RunConfig | None, list[str]]:
+    """The config of a file or of a run, None of a store; what is left of the words."""
+    where, rest = argv[0], argv[1:]
+    if Path(where).is_file():
+        return _config(where, rest, command), []
+    if (Path(where) / "run.json").is_file():
+        return read_run(where), rest
+    return None, rest
+
+
+def _stores(config: RunConfig | None, where: str) -> list[str]:
+    """The stores of a run, one of each source at least; or those at a path or url."""
+    if config is None:
+        return stores_at(where)
+    folders = [os.path.join(config.store_dir, name) for name in config.corpora]
+    return [store for folder in folders for store in stores_at(folder)]
 
 
 # --- data show ------------------------------------------------------------------------
@@ -170,7 +181,7 @@ def show_step(config: RunConfig, step: int, rows: range, console: Console) -> No
         say(console, f"The run leaves out the batches {windows} (counted from 0).")
     say(console, f"step {step} of {last} trains on batch {number} (counted from 0): "
         f"{config.batch} rows")  # fmt: skip
-    show(Shown(batches, tokenizer, number), rows, console)
+    show(batches, tokenizer, number, rows, console)
 
 
 def windows_of(config: RunConfig) -> Windows:

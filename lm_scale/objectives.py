@@ -197,8 +197,7 @@ def _smallest(
 def _places(chosen: np.ndarray, most: int) -> np.ndarray:
     """The places [B most] of what is chosen [B T], in order, then NOWHERE."""
     rows, places = np.nonzero(chosen)
-    counts = chosen.sum(axis=1)
-    kth = np.arange(rows.size) - np.repeat(np.cumsum(counts) - counts, counts)
+    kth = np.cumsum(chosen, axis=1)[rows, places] - 1
     found = np.full((chosen.shape[0], most), NOWHERE, np.int32)
     found[rows, kth] = places
     return found

@@ -7,7 +7,6 @@ row 3: epoch 0, example 117, 5 of 32 tokens to predict
   padding: 6 tokens
 """
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, assert_never
 
 import numpy as np
@@ -30,21 +29,18 @@ LEGEND = (
 )
 
 
-@dataclass(frozen=True)
-class Shown:
-    """A batch of a run, by its number (windows.py)."""
-
-    batches: TrainBatches
-    tokenizer: "PreTrainedTokenizerFast"
-    number: int
-
-
-def show(shown: Shown, rows: range, console: Console) -> None:
-    """Prints these rows; reads no others."""
-    batches = shown.batches
-    epochs, examples = batches.place(shown.number, rows)
-    batch = batches.rows(shown.number, rows)
-    if isinstance(batches.objective, MaskedLM):
+def show(
+    batches: TrainBatches,
+    tokenizer: "PreTrainedTokenizerFast",
+    number: int,
+    rows: range,
+    console: Console,
+) -> None:
+    """Prints these rows of the batch of a number (windows.py); reads no others."""
+    epochs, examples = batches.place(number, rows)
+    batch = batches.rows(number, rows)
+    masked = isinstance(batches.objective, MaskedLM)
+    if masked:
         say(console, LEGEND)
     for at, row in enumerate(rows):
         epoch, example = int(epochs[at]), int(examples[at])
@@ -59,7 +55,7 @@ def show(shown: Shown, rows: range, console: Console) -> None:
             f"row {row}: epoch {epoch}{of}, example {example}, {labels} of "
             f"{one['tokens'].size} tokens to predict",
         )
-        for line in lines_of(shown, pieces_of(source, example), one):
+        for line in lines_of(tokenizer, pieces_of(source, example), one, masked):
             say(console, f"  {line}")
 
 
@@ -80,10 +76,12 @@ def pieces_of(source: Source, example: int) -> list[Piece]:
     assert_never(source)
 
 
-def lines_of(shown: Shown, found: list[Piece], row: HostBatch) -> list[str]:
-    """One line for each piece of a row, and one for its padding. Values of row: [T]."""
+def lines_of(tokenizer, found: list[Piece], row: HostBatch, masked: bool) -> list[str]:
+    """One line for each piece of a row, and one for its padding. Values of row: [T].
+
+    masked: the labels are what was hidden, and not the next tokens.
+    """
     lines, at = [], 0
-    masked = isinstance(shown.batches.objective, MaskedLM)
     for piece in found:
         here = slice(at, at + piece.tokens)
         at += piece.tokens
@@ -92,7 +90,7 @@ def lines_of(shown: Shown, found: list[Piece], row: HostBatch) -> list[str]:
         if "segments" in row:
             name = f"segment {row['segments'][here.start]}, {name}"
         labels = row["labels"][here] if masked else np.full(piece.tokens, IGNORE)
-        text = marked(shown.tokenizer, row["tokens"][here], labels)
+        text = marked(tokenizer, row["tokens"][here], labels)
         lines.append(f"{name} of {piece.whole}: {text}")
     if at < row["tokens"].size:
         lines.append(f"padding: {row['tokens'].size - at} tokens")

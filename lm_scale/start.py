@@ -149,9 +149,7 @@ def fingerprint(batches: TrainBatches | StreamedBatches) -> dict[str, str | int]
         manifest, prefix = store.manifest, f"{name}." if name else ""
         found["tokenizer"] = manifest.tokenizer_hash
         found[f"{prefix}number"] = manifest.tokens
-        # Stores of older versions have none, and so have checkpoints made with them.
-        if manifest.sha256 is not None:
-            found[f"{prefix}sha256"] = manifest.sha256
+        found[f"{prefix}sha256"] = manifest.sha256
         if name:
             found[f"{prefix}share"] = f"{share:.9g}"
     return found

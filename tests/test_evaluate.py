@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
+from stores import write_store
 
 from lm_scale.data.examples import Blocks
 from lm_scale.data.loader import EvalBatches
-from lm_scale.data.store import StoreWriter, TokenStore
+from lm_scale.data.store import TokenStore
 from lm_scale.evaluate import evaluate, unigram_loss
 from lm_scale.models import Compute, RobertaConfig, build_model
 from lm_scale.objectives import IGNORE, CausalLM, MaskedLM, Vocabulary
@@ -35,9 +36,7 @@ MODEL = build_model(CONFIG, Compute(dtype="float32", remat="none", loss_chunk=5)
 
 
 def write(path, documents, vocab=VOCAB):
-    with StoreWriter(path, vocab_size=vocab) as writer:
-        writer.append(documents)
-        writer.finish(tokenizer_hash="", separator=None, source={})
+    write_store(path, documents, vocab_size=vocab)
     return TokenStore.open(path)
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
+from stores import read_documents, write_store
 from tiny import causal_run, masked_run
 
 from lm_scale.__main__ import main
 from lm_scale.data.examples import Pieces
 from lm_scale.data.packing import segmented
-from lm_scale.data.store import StoreWriter, TokenStore
+from lm_scale.data.store import TokenStore
 from lm_scale.data.where import Piece
 from lm_scale.data.windows import batch_number
 from lm_scale.errors import InputError
@@ -66,9 +67,14 @@ def test_inspect_by_config_and_by_folder(made, capsys):
 
 
 def test_inspect_says_what_is_missing(tmp_path, capsys):
-    assert main(["prepare", "--inspect", str(tmp_path)]) == 2
-    assert "holds no complete token store" in capsys.readouterr().err
-    assert main(["prepare", "--inspect"]) == 2
+    for flag in ("--inspect", "--verify"):
+        assert main(["prepare", flag, str(tmp_path)]) == 2
+        assert "there is no complete token store at" in capsys.readouterr().err
+        assert main(["prepare", flag]) == 2
+        assert main(["prepare", flag, "--help"]) == 0
+        assert f"usage: lm-scale prepare {flag} CONFIG" in capsys.readouterr().out
+    assert main(["prepare", "--verify", str(tmp_path), "--batch"]) == 2
+    assert "takes nothing behind a folder, got '--batch'" in capsys.readouterr().err
 
 
 ROW = r"row (\d+): epoch (\d+), example (\d+), (\d+) of (\d+) tokens to predict"
@@ -93,7 +99,7 @@ def test_show_prints_the_tokens_of_the_batch(made, step, capsys):
         assert re.findall(ROW, text) == [tuple(map(str, expected))]
         tokens = []
         for document, first, last, whole, words in re.findall(PIECE, text):
-            of = store.documents(np.array([int(document)]))[0]
+            of = read_documents(store, np.array([int(document)]))[0]
             assert of.size == int(whole)
             tokens += (part := of[int(first) : int(last) + 1].tolist())
             assert words == tokenizer.decode(part).replace("\n", "⏎")
@@ -132,9 +138,7 @@ def test_show_tells_segments_and_padding(made, capsys):
 
 
 def test_show_tells_the_documents_of_a_planned_row(tmp_path):
-    with StoreWriter(tmp_path / "s", vocab_size=10) as writer:
-        writer.append([np.full(n, n) for n in (3, 9, 0, 2, 6)])
-        writer.finish(tokenizer_hash="", separator=None, source={})
+    write_store(tmp_path / "s", [np.full(n, n) for n in (3, 9, 0, 2, 6)], vocab_size=10)
     store = TokenStore.open(tmp_path / "s")
     plan = segmented(np.array([0, 3, 12, 12, 14, 20]), 8)
     source = Pieces(store, 8, plan)

@@ -6,7 +6,6 @@ import json
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 from rich.console import Console
 from test_config import GPT2, begun, changed
@@ -201,12 +200,8 @@ def test_verify_inspect_and_show(prepared, capsys, monkeypatch):
     assert len(rows) == 16
     for name, example, document in rows:
         store = TokenStore.open(f"{config.store_dir}/{name}/train")
-        first = int(store.starts(np.array([int(document)]))[0])
-        assert (
-            first
-            <= int(example) * 16
-            < first + int(store.lengths(np.array([int(document)]))[0])
-        )
+        ((first, stop),) = store.spans([int(document)]).tolist()
+        assert first <= int(example) * 16 < stop
 
 
 # --- Trained --------------------------------------------------------------------------

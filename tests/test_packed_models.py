@@ -15,11 +15,12 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
+from stores import write_store
 
 from lm_scale.data.examples import Pieces
 from lm_scale.data.loader import EvalBatches
 from lm_scale.data.packing import packed
-from lm_scale.data.store import StoreWriter, TokenStore
+from lm_scale.data.store import TokenStore
 from lm_scale.models import (
     Compute,
     GPT2Config,
@@ -74,9 +75,9 @@ def source(tmp_path_factory):
     path = tmp_path_factory.mktemp("packed") / "train"
     rng = np.random.default_rng(0)
     sizes = [3, 21, 9, 5, 1, 7, 16, 4, 30, 6, 8, 2, 5]
-    with StoreWriter(path, vocab_size=VOCAB) as writer:
-        writer.append([rng.integers(3, VOCAB, size) for size in sizes])
-        writer.finish(tokenizer_hash="", separator=None, source={})
+    write_store(
+        path, [rng.integers(3, VOCAB, size) for size in sizes], vocab_size=VOCAB
+    )
     plan = packed(np.cumsum([0, *sizes]), SEQ)
     source = Pieces(TokenStore.open(path), SEQ, plan)
     assert len(source) == ROWS and np.diff(plan.rows).max() >= 3

@@ -15,11 +15,12 @@ import numpy as np
 import optax
 import parity
 import pytest
+from stores import write_store
 
 from lm_scale import hf
 from lm_scale.data.examples import Blocks
 from lm_scale.data.loader import TrainBatches, device_batches
-from lm_scale.data.store import StoreWriter, TokenStore
+from lm_scale.data.store import TokenStore
 from lm_scale.models import ModelConfig, build_model, family_of
 from lm_scale.models.compute import Compute
 from lm_scale.models.gpt2 import GPT2Config
@@ -64,9 +65,7 @@ def store(tmp_path_factory):
     rng = np.random.default_rng(0)
     tokens = 5 + np.cumsum(rng.integers(1, 4, 160 * SEQ)) % 40
     path = tmp_path_factory.mktemp("training") / "train"
-    with StoreWriter(path, vocab_size=VOCABULARY.size) as writer:
-        writer.append([tokens])
-        writer.finish(tokenizer_hash="", separator=None, source={})
+    write_store(path, [tokens], vocab_size=VOCABULARY.size)
     return TokenStore.open(path)
 
 

@@ -23,8 +23,14 @@ from lm_scale.data import token_cache
 from lm_scale.data.examples import Blocks, Documents, Pieces, Source
 from lm_scale.data.loader import TrainBatches
 from lm_scale.data.packing import open_plan
+from lm_scale.data.parts import PartWriter
 from lm_scale.data.python_docs import python_docs
-from lm_scale.data.store import StoreWriter, TokenStore
+from lm_scale.data.store import (
+    TokenStore,
+    manifest_of,
+    token_type,
+    write_manifest,
+)
 from lm_scale.data.tokenizer import TokenizerConfig, train_tokenizer
 from lm_scale.objectives import CausalLM, MaskedLM, Objective, Vocabulary
 
@@ -43,14 +49,20 @@ def write_store(folder: Path, tokens: int) -> tuple[TokenStore, Vocabulary]:
     ]
     rng = np.random.default_rng(0)
     special, size = tuple(tokenizer.all_special_ids), len(tokenizer)
-    with StoreWriter(folder, vocab_size=size) as writer:
-        while writer.tokens < tokens:
-            for document in documents:
-                changed = rng.random(document.size) < 0.1
-                changed &= ~np.isin(document, special)
-                other = rng.integers(len(special), size, document.size)
-                writer.append([np.where(changed, other, document)])
-        writer.finish(tokenizer_hash="", separator=None, source={})
+    dtype = token_type(size)
+    writer = PartWriter(folder, 0, 0, dtype)
+    while writer.tokens < tokens:
+        for document in documents:
+            changed = rng.random(document.size) < 0.1
+            changed &= ~np.isin(document, special)
+            other = rng.integers(len(special), size, document.size)
+            written = np.where(changed, other, document).astype(dtype)
+            writer.append(written, np.array([written.size]))
+    record = writer.finish(last=True, rows=writer.documents)
+    facts = {"tokenizer_hash": "", "separator": None, "source": {}}
+    write_manifest(
+        folder, manifest_of([record], dtype=dtype.name, vocab_size=size, **facts)
+    )
     mask, pad = tokenizer.mask_token_id, tokenizer.pad_token_id
     return TokenStore.open(folder), Vocabulary(size, special, mask, pad)
 

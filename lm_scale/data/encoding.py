@@ -6,6 +6,7 @@ tokenizer thread each, which import neither JAX nor transformers. A bounded numb
 texts is under way, so memory does not grow with the corpus.
 """
 
+import contextlib
 import itertools
 import os
 import signal
@@ -183,21 +184,18 @@ def _died() -> WorkerDied:
     )
 
 
-class _one_thread:
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
     """Meanwhile, the variables are set by which a new process has one thread."""
-
-    NAMES = ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-
-    def __enter__(self) -> None:
-        self._before = {name: os.environ.get(name) for name in self.NAMES}
-        os.environ.update(dict.fromkeys(self.NAMES, "1"))
-
-    def __exit__(self, *exception: Any) -> None:
-        for name, value in self._before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    names = ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        for name in names:
+            os.environ.pop(name, None)
+        os.environ.update(before)
 
 
 # --- In a worker ----------------------------------------------------------------------

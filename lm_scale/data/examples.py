@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lm_scale.data.packing import Plan
+from lm_scale.data.ragged import count_up
 from lm_scale.data.store import TokenStore
 from lm_scale.data.token_cache import TokenCache
 from lm_scale.errors import InputError
@@ -68,6 +69,7 @@ class Documents:
     ):
         """special_ids: of these, one at the end of a document survives the cut."""
         self.store, self.seq_len, self.special_ids = store, seq_len, special_ids
+        self.cache = TokenCache(store)
         self.fixed_width = seq_len if pad_to_seq_len else None
         self.multiple = multiple
         self.count = min(store.num_documents, most or store.num_documents)
@@ -81,18 +83,15 @@ class Documents:
 
     def read(self, numbers: np.ndarray, width: int, pad_id: int) -> Rows:
         """These documents, cut as the tokenizer would cut them, in rows of `width`."""
-        texts = [self._cut(tokens) for tokens in self.store.documents(numbers)]
-        lengths = np.array([tokens.size for tokens in texts], np.int64)
-        tokens, real = _padded(np.concatenate(texts), lengths, width, pad_id)
+        starts, stops = self.store.spans(numbers).T
+        lengths = np.minimum(stops - starts, self.seq_len)
+        flat = self.cache.spans(starts, lengths)
+        cut = np.flatnonzero(stops - starts > self.seq_len)
+        lasts = self.cache.spans(stops[cut] - 1, np.ones_like(cut))
+        stay = np.isin(lasts, self.special_ids)
+        flat[np.cumsum(lengths)[cut[stay]] - 1] = lasts[stay]
+        tokens, real = _padded(flat, lengths, width, pad_id)
         return Rows(tokens, real.astype(np.int32))
-
-    def _cut(self, tokens: np.ndarray) -> np.ndarray:
-        if tokens.size <= self.seq_len:
-            return tokens
-        cut = tokens[: self.seq_len].copy()
-        if tokens[-1] in self.special_ids:
-            cut[-1] = tokens[-1]
-        return cut
 
     def width(self, numbers: np.ndarray) -> int:
         """The length of the rows of a batch with these documents."""
@@ -124,7 +123,7 @@ class Pieces:
         """These rows of the plan; `width` is that of their rows, here `seq_len`."""
         firsts, lasts = self.plan.rows[numbers], self.plan.rows[numbers + 1]
         counts = lasts - firsts
-        kth = _count_up(counts)
+        kth = count_up(counts)
         pieces = np.repeat(firsts, counts) + kth
         lengths = np.asarray(self.plan.lengths[pieces], np.int64)
         flat = self.cache.spans(self.plan.starts[pieces], lengths)
@@ -133,7 +132,7 @@ class Pieces:
         segments = np.zeros(tokens.shape, np.int32)
         segments[real] = np.repeat(kth + 1, lengths)
         positions = np.zeros(tokens.shape, np.int32)
-        positions[real] = _count_up(lengths)
+        positions[real] = count_up(lengths)
         return Rows(tokens, segments, positions)
 
     def width(self, numbers: np.ndarray) -> int:
@@ -149,11 +148,6 @@ def _padded(
     tokens = np.full(real.shape, pad_id, np.int32)
     tokens[real] = flat
     return tokens, real
-
-
-def _count_up(counts: np.ndarray) -> np.ndarray:
-    """0, 1 ... count - 1 for each of the counts, one after the other."""
-    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def _too_short(store: TokenStore, seq_len: int) -> InputError:

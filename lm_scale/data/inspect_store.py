@@ -167,8 +167,8 @@ def _samples(store: TokenStore, tokenizer, longest: int, console: Console) -> No
     drawn = np.random.default_rng(_SEED).integers(0, store.num_documents, 2).tolist()
     names = {"the first": 0, "at random": drawn[0], "at random, too": drawn[1]}
     for name, document in {**names, "the longest": longest}.items():
-        number = np.array([document])
-        first, length = int(store.starts(number)[0]), int(store.lengths(number)[0])
+        ((first, stop),) = store.spans([document]).tolist()
+        length = stop - first
         shown = store.read(first, min(length, _SAMPLE))
         more = " ..." if length > _SAMPLE else ""
         say(console, f"document {document}, {name}, {length:,} tokens:")

@@ -115,5 +115,6 @@ def _pattern(parts: Sequence[int]) -> np.ndarray:
 def _stirred(pattern: np.ndarray, seed: int) -> np.ndarray:
     """The pattern with each window of it shuffled."""
     windows = np.arange(pattern.size) // WINDOW
-    by_chance = np.random.default_rng(seed).random(pattern.size)
+    # Raw, as numpy may change what it makes of them, and a run has to go on.
+    by_chance = np.random.Philox(np.random.SeedSequence(seed)).random_raw(pattern.size)
     return pattern[np.lexsort((by_chance, windows))]

@@ -23,6 +23,7 @@ from typing import Literal
 
 import numpy as np
 
+from lm_scale.data.ragged import count_up
 from lm_scale.data.store import TokenStore
 from lm_scale.errors import InputError, one_line
 
@@ -70,8 +71,7 @@ def packed(offsets: np.ndarray, seq_len: int) -> Plan:
     """
     sizes = np.diff(offsets)
     counts = -(-sizes // seq_len)  # pieces of each document; none of an empty one
-    kth = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    starts = np.repeat(offsets[:-1], counts) + kth * seq_len
+    starts = np.repeat(offsets[:-1], counts) + count_up(counts) * seq_len
     ends = np.minimum(starts + seq_len, np.repeat(offsets[1:], counts))
     lengths = (ends - starts).astype(np.int32)
     rows = best_fit(lengths, seq_len)
@@ -162,7 +162,7 @@ def open_plan(store: TokenStore, kind: Kind, seq_len: int, folder: Path) -> Plan
         "sha256": store.manifest.sha256, "tokens": store.num_tokens,
         "documents": store.num_documents,
     }  # fmt: skip
-    path = Path(folder) / f"{kind}-{seq_len}-{(store.manifest.sha256 or 'old')[:16]}"
+    path = Path(folder) / f"{kind}-{seq_len}-{store.manifest.sha256:.16}"
     plan = _read(path, wanted)
     if plan is None:
         make = {"segmented": segmented, "packed": packed}[kind]

@@ -17,11 +17,13 @@ from lm_scale.errors import InputError, SourceLost
 # s from a failed read to the next try: four minutes in all, beside the tries of
 # `datasets` itself, and they begin again with each row that is read.
 PAUSES = (1, 2, 4, 8, 16, 32, 60, 60, 60)
-# What no other try will change: the text is not as it should be, or not there.
+# What no other try will change: the text is not as it should be, or not there ...
 LASTING = (
-    ValueError, KeyError, TypeError, NotImplementedError,
-    FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError,
+    ValueError, FileNotFoundError, PermissionError, IsADirectoryError,
+    NotADirectoryError,
 )  # fmt: skip
+# ... or a program is wrong, ours or a library's: its traceback says where.
+BUGS = (TypeError, AttributeError, LookupError, AssertionError, NotImplementedError)
 
 
 class Shards:
@@ -76,8 +78,10 @@ class Shards:
                         yield at, text
                     row, pauses = at + 1, iter(PAUSES)
                 return
+            except BUGS:
+                raise
             except Exception as error:  # each file system has errors of its own
-                cause = _cause(error, self.source)
+                cause = _passing(error)
                 pause = next(pauses, None)
                 where = f"{self.source}, shard {shard} of {self.count}, row {row}"
                 if pause is None:
@@ -95,14 +99,11 @@ class Shards:
         return self._text.read(self._units[shard], row)
 
 
-def _cause(error: Exception, source: str) -> BaseException:
-    """What made a read fail, if another try may help; else raises InputError."""
-    cause: BaseException | None = error
-    if isinstance(error, InputError):  # which `Text.read` makes of some
-        cause = error.__cause__
-        if cause is None or isinstance(cause, LASTING):
-            raise error
-    elif isinstance(error, LASTING):
-        raise InputError(f"cannot read {source}: {reason(error)}") from error
-    assert cause is not None
+def _passing(error: Exception) -> BaseException:
+    """What made a read fail, if another try may help; else raises the error."""
+    if not isinstance(error, InputError):
+        return error
+    cause = error.__cause__  # of those that `Text.read` has made an InputError of
+    if cause is None or isinstance(cause, LASTING):
+        raise error
     return cause

@@ -21,13 +21,16 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from lm_scale.data.arrays import CHUNK_TOKENS, SHARD_TOKENS, reading
-from lm_scale.data.parts import Counts, PartWriter, Record, part_name
+from lm_scale.data.arrays import reading
+from lm_scale.data.parts import Counts, Record, part_name
 from lm_scale.data.places import ERRORS, context, read_bytes, write_bytes
+from lm_scale.data.ragged import count_up
 from lm_scale.errors import InputError, one_line
 
 FORMAT = 2  # of the folder; a reader refuses any other
-CACHE_BYTES = 256 << 20  # of decompressed chunks, for each open store
+# Of decompressed chunks, for each open store: of offsets, above all. Tokens stay in
+# memory in another form (token_cache.py).
+CACHE_BYTES = 64 << 20
 MANIFEST = "manifest.json"
 # Where the documents asked for are so many of a range, the range is read at once.
 _DENSE = 16
@@ -93,86 +96,6 @@ def write_manifest(path: str | Path, manifest: Manifest) -> None:
 
 def _checksum(fields: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-
-
-class StoreWriter:
-    """Writes a store of a single part front to back; memory stays flat.
-
-        with StoreWriter(path, vocab_size=50_257) as writer:
-            writer.append(documents)
-            writer.finish(tokenizer_hash=..., separator=..., source=...)
-
-    Leaving without `finish` leaves an incomplete store, which the next writer replaces.
-
-    Raises:
-      InputError: a complete store is there already, or the path cannot be written.
-    """
-
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        vocab_size: int,
-        chunk_tokens: int = CHUNK_TOKENS,
-        shard_tokens: int = SHARD_TOKENS,
-    ):
-        if read_manifest(path) is not None:
-            raise InputError(
-                f"{path} already holds a complete token store; delete it or choose "
-                "another folder."
-            )
-        self._path = path
-        self._vocab_size = vocab_size
-        self._dtype = token_type(vocab_size)
-        self._part = PartWriter(
-            path, 0, 0, self._dtype,
-            chunk_tokens=chunk_tokens, shard_tokens=shard_tokens,
-        )  # fmt: skip
-
-    def __enter__(self) -> "StoreWriter":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        """Nothing to release: without a manifest the folder is known as incomplete."""
-
-    @property
-    def tokens(self) -> int:
-        """Tokens so far."""
-        return self._part.tokens
-
-    def append(self, documents: Sequence[np.ndarray | Sequence[int]]) -> None:
-        """Adds documents, each a sequence of token ids.
-
-        Raises:
-          ValueError: an id is negative or not less than vocab_size.
-        """
-        if not documents:
-            return
-        arrays = [np.asarray(document, np.int64) for document in documents]
-        tokens = np.concatenate(arrays)
-        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self._vocab_size:
-            raise ValueError(
-                f"token ids from {tokens.min()} to {tokens.max()} in a store for a "
-                f"vocabulary of {self._vocab_size}"
-            )
-        lengths = np.array([array.size for array in arrays], np.int64)
-        self._part.append(tokens.astype(self._dtype), lengths)
-
-    def finish(
-        self, *, tokenizer_hash: str, separator: int | None, source: dict[str, Any]
-    ) -> Manifest:
-        """Writes what is buffered and then the manifest, which completes the store."""
-        record = self._part.finish(last=True, rows=self._part.documents)
-        manifest = manifest_of(
-            [record],
-            dtype=self._dtype.name,
-            vocab_size=self._vocab_size,
-            tokenizer_hash=tokenizer_hash,
-            separator=separator,
-            source=source,
-        )
-        write_manifest(self._path, manifest)
-        return manifest
 
 
 def token_type(vocab_size: int) -> np.dtype:
@@ -252,32 +175,20 @@ class TokenStore:
             blocks[row, place : place + tokens.size] = tokens
         return self._checked(blocks)
 
-    def documents(self, indices: np.ndarray) -> list[np.ndarray]:
-        """The tokens of these documents (counted from 0), int32, read concurrently.
+    def lengths(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Number of tokens of these documents, int64 [n]; as `spans`."""
+        spans = self.spans(indices)
+        return spans[:, 1] - spans[:, 0]
+
+    def spans(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The first and last + 1 token of these documents (from 0), int64 [n 2].
+
+        Of a range of documents: one read a part.
 
         Raises:
           IndexError: there is no such document.
           InputError: as `read_blocks`.
         """
-        parts, spans = self._spans(indices)
-        found = self._read("tokens", parts, spans)
-        return [self._checked(tokens.astype(np.int32)) for tokens in found]
-
-    def starts(self, indices: np.ndarray) -> np.ndarray:
-        """Places of the first tokens of these documents, int64 [n]."""
-        parts, spans = self._spans(indices)
-        return spans[:, 0] + self._first_tokens[parts]
-
-    def lengths(self, indices: np.ndarray) -> np.ndarray:
-        """Number of tokens of these documents, int64 [n]. Of a range: one read a part.
-
-        Raises as `documents`.
-        """
-        _, spans = self._spans(indices)
-        return spans[:, 1] - spans[:, 0]
-
-    def _spans(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Each document's part [n], its first and last + 1 token there, int64 [n 2]."""
         indices, last = np.asarray(indices, np.int64), self.num_documents - 1
         if indices.size and not 0 <= indices.min() <= indices.max() <= last:
             raise IndexError(
@@ -293,7 +204,7 @@ class TokenStore:
         sizes = np.diff(self._first_tokens)[parts]
         if np.any(spans[:, 1] > sizes):
             raise self._damaged("offsets/ holds documents behind the last token")
-        return parts, spans
+        return spans + self._first_tokens[parts][:, None]
 
     def _offsets(self, part: int, documents: np.ndarray) -> np.ndarray:
         """Both ends of these documents of a part, int64 [n 2]."""
@@ -319,8 +230,6 @@ class TokenStore:
             return [read.result() for read in reads]
         except ERRORS as error:
             raise self._damaged(one_line(error)) from error
-        within = zip(runs, firsts, lasts, strict=True)
-        return [found[run][a:b] for run, a, b in within]
 
     def _open(self, name: str, parts: np.ndarray) -> dict[int, Any]:
         """The open arrays of these parts; those not open yet are, all at once."""
@@ -382,8 +291,7 @@ def _pieces(
     low, high = _part_of(starts, firsts), _part_of(stops - 1, firsts)
     counts = np.where(stops > starts, high - low + 1, 0)
     rows = np.repeat(np.arange(len(spans)), counts)
-    number = np.arange(rows.size) - np.repeat(np.cumsum(counts) - counts, counts)
-    parts = low[rows] + number
+    parts = low[rows] + count_up(counts)
     first, end = firsts[parts], firsts[parts + 1]
     within = np.stack(
         [np.maximum(starts[rows], first) - first, np.minimum(stops[rows], end) - first],

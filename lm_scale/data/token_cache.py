@@ -11,7 +11,8 @@ from collections import OrderedDict
 
 import numpy as np
 
-from lm_scale.data.store import TokenStore
+from lm_scale.data.ragged import count_up
+from lm_scale.data.store import TokenStore, token_type
 
 # Tokens, aligned: a chunk of the store, which is the least that it decompresses.
 WINDOW = 1 << 14
@@ -60,9 +61,7 @@ class TokenCache:
         starts, lengths = starts[lengths > 0], lengths[lengths > 0]
         first, last = starts // self._window, (starts + lengths - 1) // self._window
         counts = last - first + 1
-        # The k-th window of each span: counted from 0 anew within each.
-        kth = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        numbers = np.repeat(first, counts) + kth
+        numbers = np.repeat(first, counts) + count_up(counts)
         edges = numbers * self._window
         begins = np.maximum(np.repeat(starts, counts), edges) - edges
         ends = np.repeat(starts + lengths, counts)
@@ -90,7 +89,7 @@ class TokenCache:
 
     @property
     def _dtype(self) -> np.dtype:
-        return np.min_scalar_type(self.store.manifest.vocab_size - 1)
+        return token_type(self.store.manifest.vocab_size)
 
     def _read(self, numbers: list[int]) -> dict[int, np.ndarray]:
         whole = self.store.num_tokens // self._window  # windows; then a shorter one

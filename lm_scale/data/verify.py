@@ -10,7 +10,7 @@ from rich.console import Console
 
 from lm_scale.console import say
 from lm_scale.data.arrays import digest, reading
-from lm_scale.data.places import ERRORS, context
+from lm_scale.data.places import ERRORS, context, is_renamed
 from lm_scale.data.progress import Shown
 from lm_scale.data.store import MANIFEST, Manifest, PartEntry, read_manifest
 from lm_scale.errors import InputError, one_line
@@ -27,7 +27,7 @@ def stores_at(path: str | Path) -> list[str]:
       InputError: there is none, or the manifest of one is broken.
     """
     found = [str(path), *(os.path.join(path, name) for name in STORES)]
-    if "://" not in str(path):
+    if is_renamed(path):
         below = (Path(path).glob(f"*/{name}") for name in STORES)
         found += sorted(str(each) for some in below for each in some)
     found = [each for each in found if read_manifest(each) is not None]

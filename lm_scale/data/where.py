@@ -31,10 +31,10 @@ def document_at(store: TokenStore, token: int) -> int:
     low, high = 0, -(-store.num_documents // _BLOCK)  # the block is low ... high - 1
     while high - low > 1:
         middle = (low + high) // 2
-        begins = store.starts(np.array([middle * _BLOCK]))[0]
+        begins = store.spans([middle * _BLOCK])[0, 0]
         low, high = (middle, high) if begins <= token else (low, middle)
     first = low * _BLOCK
-    starts = store.starts(np.arange(first, min(first + _BLOCK, store.num_documents)))
+    starts = store.spans(range(first, min(first + _BLOCK, store.num_documents)))[:, 0]
     # The last of those that begin here: the ones before it are empty.
     return first + int(np.searchsorted(starts, token, side="right")) - 1
 
@@ -48,10 +48,10 @@ def pieces(store: TokenStore, first: int, stop: int) -> list[Piece]:
     document = document_at(store, first)
     document_at(store, stop - 1)  # or it raises
     while token < stop:
-        begins = int(store.starts(np.array([document]))[0])
-        whole = int(store.lengths(np.array([document]))[0])
-        until = min(begins + whole, stop)
+        ((begins, ends),) = store.spans([document]).tolist()
+        until = min(ends, stop)
         if until > token:
+            whole = ends - begins
             found.append(Piece(document, token - begins, until - token, whole))
             token = until
         document += 1

@@ -124,7 +124,8 @@ def _is_done(records: list[Record]) -> bool:
 
 def _size(job: Job, units: list[int]) -> int | None:
     sizes = [job.text.units[unit].bytes for unit in units]
-    return sum(sizes) if None not in sizes else None  # type: ignore[arg-type]
+    known = [size for size in sizes if size is not None]
+    return sum(known) if len(known) == len(sizes) else None
 
 
 @contextlib.contextmanager

@@ -4,10 +4,11 @@
 import jax
 import numpy as np
 import pytest
+from stores import write_store
 
 from lm_scale.data.examples import Blocks, Documents
 from lm_scale.data.loader import EvalBatches, TrainBatches, device_batches
-from lm_scale.data.store import StoreWriter, TokenStore
+from lm_scale.data.store import TokenStore
 from lm_scale.errors import InputError
 from lm_scale.objectives import IGNORE, MaskedLM, Vocabulary
 from lm_scale.sharding import MeshShape, Rules, make_mesh
@@ -25,9 +26,7 @@ def document(number: int) -> np.ndarray:
 
 
 def write(path, documents) -> TokenStore:
-    with StoreWriter(path, vocab_size=300) as writer:
-        writer.append(documents)
-        writer.finish(tokenizer_hash="", separator=None, source={})
+    write_store(path, documents, vocab_size=300)
     return TokenStore.open(path)
 
 

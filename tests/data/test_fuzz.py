@@ -16,10 +16,11 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 from rich.console import Console
+from stores import read_documents, write_store
 
 from lm_scale.data.corpus import CorpusConfig, documents
 from lm_scale.data.prepare import prepare
-from lm_scale.data.store import StoreWriter, TokenStore
+from lm_scale.data.store import TokenStore
 from lm_scale.data.tokenizer import (
     TokenizerConfig,
     load_tokenizer,
@@ -180,14 +181,20 @@ def test_a_damaged_store(tmp_path):
     rng = np.random.default_rng(0)
     flat = rng.integers(0, 300, 900)
     path = tmp_path / "store"
-    with StoreWriter(path, vocab_size=300, chunk_tokens=64, shard_tokens=512) as writer:
-        writer.append(np.split(flat, range(7, 900, 13)))
-        writer.finish(tokenizer_hash="abc", separator=None, source={"part": "train"})
+    write_store(
+        path,
+        np.split(flat, range(7, 900, 13)),
+        vocab_size=300,
+        chunk_tokens=64,
+        shard_tokens=512,
+        tokenizer_hash="abc",
+        source={"part": "train"},
+    )
     good = snapshot(path)
 
     def read() -> bool:
         store = TokenStore.open(path)
-        every = store.documents(np.arange(store.num_documents))
+        every = read_documents(store, np.arange(store.num_documents))
         whole = store.read(0, store.num_tokens)
         return np.array_equal(np.concatenate(every), whole) and np.array_equal(
             whole, flat

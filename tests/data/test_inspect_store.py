@@ -6,18 +6,23 @@ import io
 import numpy as np
 import pytest
 from rich.console import Console
+from stores import write_store
 
 from lm_scale.data.inspect_store import inspect, measure
 from lm_scale.data.shown import visible
-from lm_scale.data.store import StoreWriter, TokenStore
+from lm_scale.data.store import TokenStore
 
 FACTS = {"tokenizer_hash": "abcdef0123456789", "source": {"part": "train"}}
 
 
 def store_of(path, lengths, separator=None) -> TokenStore:
-    with StoreWriter(path, vocab_size=300) as writer:
-        writer.append([np.full(n, n % 300) for n in lengths])
-        writer.finish(separator=separator, **FACTS)
+    write_store(
+        path,
+        [np.full(n, n % 300) for n in lengths],
+        vocab_size=300,
+        separator=separator,
+        **FACTS,
+    )
     return TokenStore.open(path)
 
 
@@ -69,8 +74,7 @@ def test_what_is_printed(tmp_path):
 
 
 def test_a_store_without_documents(tmp_path):
-    with StoreWriter(tmp_path / "s", vocab_size=300) as writer:
-        writer.finish(separator=None, **FACTS)
+    write_store(tmp_path / "s", [], vocab_size=300, **FACTS)
     assert "0 documents, 0 tokens" in told(TokenStore.open(tmp_path / "s"))
 
 

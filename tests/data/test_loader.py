@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
+from stores import write_store
 
 from lm_scale.data.examples import Blocks
 from lm_scale.data.loader import EvalBatches, TrainBatches, device_batches
-from lm_scale.data.store import StoreWriter, TokenStore
+from lm_scale.data.store import TokenStore
 from lm_scale.errors import InputError
 from lm_scale.objectives import IGNORE, CausalLM, MaskedLM, Vocabulary
 from lm_scale.sharding import MeshShape, Rules, make_mesh
@@ -25,9 +26,7 @@ MLM = MaskedLM(probability=0.5)  # so that each short example has noise
 def store(tmp_path_factory):
     """Token t at place t, plus 10: a token tells which example it belongs to."""
     path = tmp_path_factory.mktemp("loader") / "train"
-    with StoreWriter(path, vocab_size=VOCABULARY.size) as writer:
-        writer.append([np.arange(TOKENS) + 10])
-        writer.finish(tokenizer_hash="", separator=None, source={})
+    write_store(path, [np.arange(TOKENS) + 10], vocab_size=VOCABULARY.size)
     return TokenStore.open(path)
 
 

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stores import write_store
 
 from lm_scale.data import packing, token_cache
 from lm_scale.data.examples import Blocks, Documents, Pieces
 from lm_scale.data.loader import EvalBatches, TrainBatches
 from lm_scale.data.packing import best_fit, open_plan, packed, segmented
-from lm_scale.data.store import StoreWriter, TokenStore
+from lm_scale.data.store import TokenStore
 from lm_scale.data.token_cache import TokenCache
 from lm_scale.errors import InputError
 from lm_scale.objectives import IGNORE, CausalLM, MaskedLM, Vocabulary
@@ -124,9 +125,11 @@ def tokens_of_store():
 def store(tmp_path_factory):
     """Token t at place t, plus 10."""
     path = tmp_path_factory.mktemp("packing") / "train"
-    with StoreWriter(path, vocab_size=300) as writer:
-        writer.append(np.split(tokens_of_store(), offsets_of(SIZES_OF_STORE)[1:-1]))
-        writer.finish(tokenizer_hash="", separator=None, source={})
+    write_store(
+        path,
+        np.split(tokens_of_store(), offsets_of(SIZES_OF_STORE)[1:-1]),
+        vocab_size=300,
+    )
     return TokenStore.open(path)
 
 

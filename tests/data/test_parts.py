@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tensorstore as ts
 from rich.console import Console
+from stores import read_documents
 
 from lm_scale.data import parts as parts_module
 from lm_scale.data import places, texts, units, waiting, work
@@ -72,7 +73,7 @@ def made(corpus, tokenizer, out: Path, **options) -> dict[str, bytes]:
 
 def stored(path) -> list[list[int]]:
     store = TokenStore.open(path)
-    found = store.documents(np.arange(store.num_documents))
+    found = read_documents(store, np.arange(store.num_documents))
     return [tokens.tolist() for tokens in found]
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from rich.console import Console
+from stores import read_documents
 
 import lm_scale.data.texts as module
 from lm_scale.data.corpus import CorpusConfig, documents
@@ -43,7 +44,7 @@ def quiet():
 def stored(path):
     store = TokenStore.open(path)
     everyone = np.arange(store.num_documents)
-    return [tokens.tolist() for tokens in store.documents(everyone)]
+    return [tokens.tolist() for tokens in read_documents(store, everyone)]
 
 
 @pytest.mark.parametrize("part", ["train", "validation"])

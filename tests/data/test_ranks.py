@@ -68,8 +68,8 @@ def test_flags_that_cannot_be(rank, world, said):
 
 
 def test_the_flags_of_prepare_are_taken_out():
-    argv = ["--rank", "1", "c.py", "--world=4", "--batch", "8", "--verify"]
-    flags = {"rank": 1, "world": 4, "verify": 1}
+    argv = ["--rank", "1", "c.py", "--world=4", "--batch", "8"]
+    flags = {"rank": 1, "world": 4}
     assert prepare_flags(argv) == (flags, ["c.py", "--batch", "8"])
     for wrong in (["--rank"], ["--world", "-1"], ["--rank=a"]):
         with pytest.raises(InputError, match="expected a number"):

@@ -3,16 +3,21 @@
 
 import numpy as np
 import pytest
+from stores import write_store
 
 import lm_scale.data.where as module
-from lm_scale.data.store import StoreWriter, TokenStore
+from lm_scale.data.store import TokenStore
 from lm_scale.data.where import Piece, document_at, pieces
 
 
 def store_of(path, lengths) -> TokenStore:
-    with StoreWriter(path, vocab_size=9, chunk_tokens=16, shard_tokens=64) as writer:
-        writer.append([np.zeros(n, np.int64) for n in lengths])
-        writer.finish(tokenizer_hash="", separator=None, source={})
+    write_store(
+        path,
+        [np.zeros(n, np.int64) for n in lengths],
+        vocab_size=9,
+        chunk_tokens=16,
+        shard_tokens=64,
+    )
     return TokenStore.open(path)
 
 
@@ -61,9 +66,9 @@ def test_pieces_of_a_known_store(tmp_path):
     ]  # fmt: skip
 
 
-def test_beginnings_of_documents(store, lengths):
+def test_spans_of_documents(store, lengths):
     begins = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    np.testing.assert_array_equal(store.starts(np.arange(100)), begins)
-    np.testing.assert_array_equal(store.starts([99, 3, 3]), begins[[99, 3, 3]])
+    np.testing.assert_array_equal(store.spans(np.arange(100))[:, 0], begins)
+    np.testing.assert_array_equal(store.spans([99, 3, 3])[:, 0], begins[[99, 3, 3]])
     with pytest.raises(IndexError):
-        store.starts([100])
+        store.spans([100])

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
+from stores import read_documents, write_store
 from test_whole_runs import CHANGES, CONFIG, TESTS, tiny_run
 from tiny import WORDS, masked_run, write_corpus
 
@@ -29,7 +30,7 @@ from lm_scale.__main__ import main
 from lm_scale.data import store as token_store
 from lm_scale.data import token_cache
 from lm_scale.data.corpus import CorpusConfig, documents
-from lm_scale.data.store import StoreWriter, TokenStore, read_manifest
+from lm_scale.data.store import TokenStore, read_manifest
 from lm_scale.data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
 from lm_scale.errors import InputError
 from lm_scale.models import GPT2Config
@@ -50,9 +51,7 @@ FACTS = {"tokenizer_hash": "abc", "separator": None, "source": {"part": "train"}
 
 
 def write(path, documents, vocab_size=300) -> None:
-    with StoreWriter(path, vocab_size=vocab_size, **TINY) as writer:
-        writer.append(documents)
-        writer.finish(**FACTS)
+    write_store(path, documents, vocab_size=vocab_size, **TINY, **FACTS)
 
 
 def cut(shard: Path) -> None:
@@ -80,7 +79,10 @@ def test_a_damaged_shard_is_an_error(tmp_path, damage):
     harm(tmp_path / "s" / PART / "tokens/c/1")
     store = TokenStore.open(tmp_path / "s")
     np.testing.assert_array_equal(store.read(0, 64), np.arange(64))
-    for read in (lambda: store.read(0, 128), lambda: store.documents(np.array([0]))):
+    for read in (
+        lambda: store.read(0, 128),
+        lambda: read_documents(store, np.array([0])),
+    ):
         with pytest.raises(InputError, match=f"{tmp_path}/s is damaged: .*{said}"):
             read()
 
@@ -94,7 +96,7 @@ def test_offsets_that_are_gone_or_lie_are_an_error(tmp_path):
             write(tmp_path / "other", content)
             (tmp_path / "other" / PART / "offsets/c/0").rename(shard)
         with pytest.raises(InputError, match="is damaged"):
-            TokenStore.open(tmp_path / name).documents(np.array([0, 1]))
+            read_documents(TokenStore.open(tmp_path / name), np.array([0, 1]))
 
 
 def test_zeros_are_tokens_not_a_missing_shard(tmp_path):
@@ -136,14 +138,16 @@ def test_a_shard_that_vanishes_in_a_run(tmp_path, monkeypatch, capfd):
 def rewritten(path: Path, change) -> None:
     """The store at a path, its documents changed and nothing else."""
     store, old = TokenStore.open(path), path.with_name("old")
-    found, manifest = store.documents(np.arange(store.num_documents)), store.manifest
+    found, manifest = (
+        read_documents(store, np.arange(store.num_documents)),
+        store.manifest,
+    )
     path.rename(old)
-    with StoreWriter(path, vocab_size=manifest.vocab_size) as writer:
-        writer.append(change(found))
-        writer.finish(
-            tokenizer_hash=manifest.tokenizer_hash, separator=manifest.separator,
-            source=manifest.source,
-        )  # fmt: skip
+    write_store(
+        path, change(found), vocab_size=manifest.vocab_size,
+        tokenizer_hash=manifest.tokenizer_hash, separator=manifest.separator,
+        source=manifest.source,
+    )  # fmt: skip
 
 
 def test_other_tokens_of_the_same_number_are_refused(tmp_path):
