@@ -224,7 +224,7 @@ def tokenizer(argv: list[str]) -> int:
         return 0
     from rich.console import Console
 
-    from lm_scale.runs import prepare_tokenizer
+    from lm_scale.run_text import prepare_tokenizer
 
     made = prepare_tokenizer(config, Console())
     print(f"{len(made)} tokens, in {Path(config.store_dir) / 'tokenizer'}")
@@ -260,7 +260,7 @@ def prepare(argv: list[str]) -> int:
     from lm_scale import distributed
     from lm_scale.data.ranks import find_rank
     from lm_scale.run_json import settings
-    from lm_scale.runs import prepare_share
+    from lm_scale.run_text import prepare_share
 
     distributed.agree(settings(config))
     rank = find_rank(

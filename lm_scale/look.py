@@ -21,7 +21,8 @@ from lm_scale.data.verify import stores_at, verify
 from lm_scale.data.windows import Windows, batch_number
 from lm_scale.errors import InputError
 from lm_scale.run_json import noted, read_run
-from lm_scale.runs import open_train, some_mesh
+from lm_scale.run_text import open_train
+from lm_scale.runs import some_mesh
 from lm_scale.show_batch import show
 
 INSPECT = """\

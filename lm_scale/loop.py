@@ -98,18 +98,10 @@ class Loop:
 
         return self.batches.device_batches(mesh, rules, patience=wait, **span)
 
-    @property
-    def broken(self) -> BaseException | None:
-        """Why the stream, if there is one, has come to an end on this process."""
-        if not isinstance(self.batches, StreamedBatches):
-            return None
-        return self.batches.error
-
     def _stream(self) -> Place | None:
-        """Where the stream of all processes goes on after this step."""
-        if not isinstance(self.batches, StreamedBatches):
-            return None
-        return merged(distributed.everyone(self.batches.place))
+        """Where the stream of all processes, if it is one, goes on after this step."""
+        reached = self.batches.reached
+        return None if reached is None else merged(distributed.everyone(reached))
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """The held-out loss and the rest of it; empty if a signal came meanwhile."""
@@ -147,9 +139,7 @@ class Loop:
 
     def go_back(self, step: int, left_out: Windows, place: Place | None) -> None:
         """From here on the run goes on from an earlier step, without these batches."""
-        self.left_out, self.trouble = left_out, None
-        if isinstance(self.batches, StreamedBatches):
-            self.batches.place = place
+        self.left_out, self.trouble, self.batches.reached = left_out, None, place
         self.losses = {at: loss for at, loss in self.losses.items() if at <= step}
         self.saver.forget_after(step)
         self.metrics.go_back(step)
@@ -193,15 +183,15 @@ class Loop:
         self.trouble = self.trouble or self.health.observe(step, numbers)
         write = step % self.config.log_every == 0 or step == self.steps
         write = write or (step == 1 and self.config.log_first)
-        if write and isinstance(batches := self.batches, TrainBatches):
+        if write:
             # Batches that were left out on the way count as seen.
-            seen = batches.epochs(batch_number(step - 1, self.left_out) + 1)
+            seen = self.batches.epochs(batch_number(step - 1, self.left_out) + 1)
             numbers |= {f"epochs/{name}": x for name, x in seen.items() if name}
         self.metrics.log_step(step, numbers, write=write)
 
     def _wanted(self) -> Request:
         """What this process wants of all."""
-        if self.signals.told.is_set() or self.broken is not None:
+        if self.signals.told.is_set() or self.batches.error is not None:
             return Request.STOP
         if self.trouble is not None:
             return Request.ROLL_BACK

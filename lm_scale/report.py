@@ -96,10 +96,9 @@ def _data(config: RunConfig, batches: TrainBatches | StreamedBatches) -> str:
 
 
 def _epochs(batches: TrainBatches | StreamedBatches, steps: int) -> str:
-    if isinstance(batches, StreamedBatches):
-        return ""
     seen = batches.epochs(steps).items()
-    return " = " + ", ".join(f"{name} {x:.2f} epochs".lstrip() for name, x in seen)
+    text = ", ".join(f"{name} {x:.2f} epochs".lstrip() for name, x in seen)
+    return f" = {text}" if seen else ""
 
 
 def tokens_of(source: Source | Mixed) -> str:

@@ -41,14 +41,8 @@ from lm_scale.run_json import (
     note,
     to_dict,
 )
-from lm_scale.runs import (
-    OpenRun,
-    held_out_loss,
-    open_eval,
-    open_stream,
-    open_train,
-    prepare_data,
-)
+from lm_scale.run_text import open_eval, open_stream, open_train, prepare_data
+from lm_scale.runs import OpenRun, held_out_loss
 from lm_scale.sharding import Params, abstract_params
 from lm_scale.signals import Signals, stop_on_signals
 from lm_scale.start import fingerprint, first_state, keep_config, set_up
@@ -162,8 +156,8 @@ def run(
         state, found = first_state(config, model, optimizer, mesh, folder, console)
     # From here on the directory holds this run.
     keep_config(config, found, text.fingerprint, console)
-    if isinstance(text.batches, StreamedBatches) and found is not None:
-        text.batches.place = found.stream
+    if found is not None:
+        text.batches.reached = found.stream
 
     # 2. The loop.
     metrics = metrics_of(config, mesh, text.batches, int(state.step), steps)
@@ -204,8 +198,8 @@ def run(
             say_stopped(loop, step)
             if uploads is not None:
                 uploads.give_up()
-            if loop.broken is not None:
-                raise loop.broken
+            if loop.batches.error is not None:
+                raise loop.batches.error
             return Outcome(step, False, loop.vote.stopped, {})
         signals.at_once = "all is saved"
 

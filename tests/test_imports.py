@@ -42,6 +42,7 @@ ORDER = (
     ("config",),
     ("run_json",),
     ("first_weights",),
+    ("run_text",),
     ("runs", "report", "start", "loop"),
     ("rollback",),
     ("trainer",),

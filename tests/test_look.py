@@ -21,7 +21,8 @@ from lm_scale.errors import InputError
 from lm_scale.look import rows_of
 from lm_scale.objectives import IGNORE
 from lm_scale.run_json import note, write_config
-from lm_scale.runs import open_train, prepare_data, some_mesh
+from lm_scale.run_text import open_train, prepare_data
+from lm_scale.runs import some_mesh
 from lm_scale.show_batch import marked, pieces_of
 
 CONFIG = """

@@ -20,15 +20,15 @@ from lm_scale.data.share import Share
 from lm_scale.data.store import TokenStore, read_manifest
 from lm_scale.errors import InputError
 from lm_scale.run_json import check_changes, check_run_dir, from_dict, to_dict
-from lm_scale.runs import (
+from lm_scale.run_text import (
     open_eval,
     open_train,
     prepare_data,
     prepare_share,
     recipe_of,
-    some_mesh,
     training_texts,
 )
+from lm_scale.runs import some_mesh
 from lm_scale.trainer import train
 
 QUIET = Console(quiet=True)

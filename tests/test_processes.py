@@ -19,7 +19,8 @@ from lm_scale.__main__ import main
 from lm_scale.checkpoint_folder import CheckpointFolder
 from lm_scale.config import RunConfig
 from lm_scale.run_json import read_run
-from lm_scale.runs import open_run, open_train
+from lm_scale.run_text import open_train
+from lm_scale.runs import open_run
 from lm_scale.trainer import train
 
 ROOT = Path(__file__).parent.parent
@@ -160,7 +161,8 @@ from lm_scale import distributed
 from lm_scale.connect import connect
 from lm_scale.__main__ import COMMANDS
 from lm_scale.data.loader import TrainBatches, device_batches
-from lm_scale.runs import open_run, open_train
+from lm_scale.run_text import open_train
+from lm_scale.runs import open_run
 
 run_dir, out = sys.argv[1:3]
 connect("test", [])

@@ -13,7 +13,7 @@ from lm_scale.data.examples import Blocks, Documents, Pieces
 from lm_scale.data.prepare import Most
 from lm_scale.data.store import read_manifest
 from lm_scale.models import Compute
-from lm_scale.runs import most, open_eval, open_source, open_train, prepare_data
+from lm_scale.run_text import most, open_eval, open_source, open_train, prepare_data
 from lm_scale.sharding import PRESETS, MeshShape, make_mesh
 
 QUIET = Console(quiet=True)

@@ -16,7 +16,8 @@ from lm_scale.data.corpus import CorpusConfig
 from lm_scale.data.ranks import Rank
 from lm_scale.errors import InputError, SourceLost
 from lm_scale.look import show_step
-from lm_scale.runs import first_texts, open_run, prepare_share
+from lm_scale.run_text import first_texts, prepare_share
+from lm_scale.runs import open_run
 from lm_scale.sharding import flatten
 from lm_scale.trainer import train
 

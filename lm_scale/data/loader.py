@@ -46,6 +46,10 @@ class Batches:
         self.source, self.objective, self.vocabulary = source, objective, vocabulary
         self.batch, self.seed, self.examples = batch, seed, len(source)
         self.mean_length = source.mean_length  # tokens
+        # What the number of a step does not tell, of a stream (data/streamed.py) alone:
+        # where it goes on, and why it does not.
+        self.reached: dict[str, Any] | None = None
+        self.error: BaseException | None = None
 
     def make(self, epochs: np.ndarray, numbers: np.ndarray, width: int) -> HostBatch:
         """Examples by number, with the noise of their epochs; rows in that order.

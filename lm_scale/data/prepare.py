@@ -85,19 +85,22 @@ def prepare(
     manifests: dict[Part, Manifest] = {}
     jobs: dict[Part, Job] = {}
     for part, most in parts.items():
-        path, source = _path(out, part), _source(corpus, part, most)
-        manifest = read_manifest(path)
-        if manifest is not None:
-            _check_same(path, manifest, facts | {"source": source})
-            manifests[part] = manifest
+        path, made_of = (
+            _path(out, part),
+            facts | {"source": _source(corpus, part, most)},
+        )
+        there = read_manifest(path)
+        if there is not None:
+            _check_same(path, there, made_of)
+            manifests[part] = there
             remove(f"{path}/work")  # if who completed it was killed right then
-            say(console, f"{part}: kept {path}: {_summary(manifest)}")
+            say(console, f"{part}: kept {path}: {_summary(there)}")
             continue
         _check_free(path)
         text = open_text(
             corpus, part, cache_dir=cache_dir, workers=workers, whole=most != Most()
         )
-        jobs[part] = Job(path, text, spec, most, {**facts, "source": source})
+        jobs[part] = Job(path, text, spec, most, made_of)
         if not any(finished(jobs[part])):
             _check_nonempty(jobs[part], part)
 

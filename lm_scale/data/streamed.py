@@ -62,8 +62,8 @@ class StreamedBatches:
         self.mean_length = float(seq_len)  # tokens of an example
         self.examples = None  # of an epoch: nobody knows
         self.lanes, self.buffer = lanes, buffer
-        # Behind the batch that was taken last; None: at the beginning.
-        self.place: Place | None = None
+        # The place behind the batch that was taken last; None: at the beginning.
+        self.reached: Place | None = None
         self._made: Ahead[tuple[HostBatch, Place]] | None = None
         self._lanes: list[Lane] = []  # that are open
 
@@ -71,6 +71,10 @@ class StreamedBatches:
     def error(self) -> BaseException | None:
         """Why no more batches will come but the few that are made."""
         return None if self._made is None else self._made.error
+
+    def epochs(self, batches: int) -> dict[str, float]:
+        """How often the first so many batches show each source: nobody knows."""
+        return {}
 
     def host_batches(
         self,
@@ -147,12 +151,12 @@ class StreamedBatches:
 
         Made by a thread, and the next one is sent to the devices before it is asked
         for; each process reads for the rows of its own devices. They go on from
-        `place`, of all lanes, which then follows what is taken. patience: called once a
-        second that a batch has to be waited for.
+        `reached`, of all lanes, which then follows what is taken. patience: called once
+        a second that a batch has to be waited for.
         """
         rows = rows_here(mesh, rules, self.batch)
         batches = self.host_batches(
-            rows, self.place, start=start, stop=stop, left_out=left_out
+            rows, self.reached, start=start, stop=stop, left_out=left_out
         )
         made = Ahead(batches, AHEAD, reserve=RESERVE, patience=patience)
         self._made = made
@@ -161,7 +165,7 @@ class StreamedBatches:
                 (on_mesh(host, rows, self.batch, mesh, rules), behind)
                 for host, behind in made
             )
-            for batch, self.place in sent:
+            for batch, self.reached in sent:
                 yield batch
         finally:
             made.stop()
@@ -170,13 +174,10 @@ class StreamedBatches:
             made.close()
 
 
-def merged(places: Sequence[Place | None]) -> Place | None:
-    """The place of a run, of which each process knows its own lanes; None: no stream.
+def merged(places: Sequence[Place]) -> Place:
+    """The place of a run, of which each process knows its own lanes.
 
     All processes have taken the same batch last.
     """
-    known = [place for place in places if place is not None]
-    if not known:
-        return None
-    lanes = {lane: at for place in known for lane, at in place["lanes"].items()}
-    return {"batch": known[0]["batch"], "lanes": lanes}
+    lanes = {lane: at for place in places for lane, at in place["lanes"].items()}
+    return {"batch": places[0]["batch"], "lanes": lanes}

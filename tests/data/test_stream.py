@@ -241,7 +241,7 @@ def test_on_the_mesh_the_place_is_that_of_the_batch_taken_last(objective):
     assert ("masked_positions" in expected[0][0]) == (objective is FIXED)
     taken = stream.device_batches(mesh, Rules(), start=0, stop=5)
     for (batch, place), got in zip(expected, taken, strict=True):
-        assert stream.place == place and got["tokens"].shape == (4, LENGTH)
+        assert stream.reached == place and got["tokens"].shape == (4, LENGTH)
         for name, value in batch.items():
             np.testing.assert_array_equal(jax.device_get(got[name]), value)
     again = stream.device_batches(mesh, Rules(), start=5, stop=6)
@@ -417,6 +417,13 @@ def test_it_is_given_up_after_so_many_tries(folder, monkeypatch):
 def test_what_is_wrong_with_the_text_is_not_tried_again(folder, monkeypatch, error):
     failing(monkeypatch, [error])
     with pytest.raises(InputError, match="cannot read .* so bad"):
+        texts_of(Shards(CorpusConfig(str(folder / "files"))), 0)
+
+
+@pytest.mark.parametrize("error", [TypeError("a bug"), KeyError("a bug")])
+def test_a_bug_is_neither_tried_again_nor_bad_input(folder, monkeypatch, error):
+    failing(monkeypatch, [error])
+    with pytest.raises(type(error), match="a bug"):
         texts_of(Shards(CorpusConfig(str(folder / "files"))), 0)
 
 

@@ -35,7 +35,7 @@ from lm_scale.data.tokenizer import TokenizerConfig, load_tokenizer, train_token
 from lm_scale.errors import InputError
 from lm_scale.models import GPT2Config
 from lm_scale.run_json import read_run
-from lm_scale.runs import prepare_data
+from lm_scale.run_text import prepare_data
 from lm_scale.scripts.flags import parse
 from lm_scale.scripts.main import hide
 from lm_scale.trainer import train
