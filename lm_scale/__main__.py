@@ -241,7 +241,8 @@ is about that store.
                        Who makes the last one completes the store; rank 0 makes the
                        tokenizer. Tasks of a Slurm array, pods of an indexed Kubernetes
                        Job (with --world) and processes of jax.distributed know their
-                       rank; --world 1: do it all.
+                       rank; --world 1: do it all. datatrove's executors run the same:
+                       lm_scale.prepare_step.Prepare.
   --inspect            shows what the stores of the config, or those in a folder, hold
   --verify             reads the stores of the config, or the store at a path, against
                        their checksums; exit status 1 if something is damaged"""

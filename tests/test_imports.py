@@ -51,7 +51,7 @@ ORDER = (
     ("scripts.translate",),
     ("scripts.main",),
     ("show_batch",),
-    ("plan", "commands", "checkpoint_command", "look"),
+    ("plan", "commands", "checkpoint_command", "look", "prepare_step"),
     ("__main__",),
 )
 
