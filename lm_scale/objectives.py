@@ -39,17 +39,18 @@ class NoiseKeys:
     numbers: np.ndarray  # of the examples [B]
 
     def draw(self, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """Two even draws from 0 ... 2**32 - 1 for each place, both uint64 [B width]."""
+        """Two even draws from 0 ... 2**32 - 1 for each place, both uint32 [B width]."""
         # Setting the state of one generator takes a fifth of making a new one a row.
         generator = np.random.Philox(key=self.seed)
         state = generator.state
         counter = state["state"]["counter"]
-        raw = np.empty((self.numbers.size, width), np.uint64)
+        raw = np.empty((self.numbers.size, width), "<u8")
         for row, epoch, number in zip(raw, self.epochs, self.numbers, strict=True):
             counter[2:] = epoch, number
             generator.state = state
             row[:] = generator.random_raw(width)
-        return raw >> np.uint64(32), raw & np.uint64(0xFFFFFFFF)
+        halves = raw.view("<u4").reshape(*raw.shape, 2)  # the lower one comes first
+        return halves[..., 1], halves[..., 0]
 
 
 @dataclass(frozen=True)
@@ -142,11 +143,15 @@ class MaskedLM:
             chosen = _smallest(choice, open_to_choice, self.probability)
         else:
             chosen = open_to_choice & (choice < _of_32_bits(self.probability))
+        places = np.flatnonzero(chosen)
+        asked = tokens.ravel()[places]
+        hidden, labels = tokens.flatten(), np.full(tokens.size, IGNORE, np.int32)
+        hidden[places] = self._hide(asked, fate.reshape(-1)[places], vocabulary)
+        labels[places] = asked
         example = {
-            "tokens": tokens.copy(),
-            "labels": np.where(chosen, tokens, np.int32(IGNORE)),
+            "tokens": hidden.reshape(tokens.shape),
+            "labels": labels.reshape(tokens.shape),
         }
-        example["tokens"][chosen] = self._hide(tokens[chosen], fate[chosen], vocabulary)
         if self.fixed_count:
             most = self._most(tokens.shape[1])
             example["masked_positions"] = _places(chosen, most)
@@ -156,6 +161,7 @@ class MaskedLM:
         self, tokens: np.ndarray, fate: np.ndarray, vocabulary: Vocabulary
     ) -> np.ndarray:
         """What stands in the place of the chosen tokens [n], by their even draws."""
+        fate = fate.astype(np.uint64)
         masked = _of_32_bits(self.masked)
         swapped = _of_32_bits(self.masked + self.random)
         # Where in its interval a draw lies tells which of all tokens it is.
@@ -187,7 +193,8 @@ def _smallest(
         np.rint(share * count).astype(np.int64), np.minimum(count, 1), None
     )
     # The place behind the draw, so that no two are equal.
-    ranks = (draws << np.uint64(31)) | np.arange(width, dtype=np.uint64)
+    places = np.arange(width, dtype=np.uint64)
+    ranks = (draws.astype(np.uint64) << np.uint64(31)) | places
     ranks[~open_to_choice] = np.iinfo(np.uint64).max
     ordered = np.sort(ranks, axis=1)
     last = np.take_along_axis(ordered, np.maximum(wanted - 1, 0)[:, None], axis=1)
