@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two processes of 4 devices are one run: as 1 process of 8 devices, and in trouble."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -151,6 +152,39 @@ def test_two_processes_go_on_with_what_one_has_saved(alone, tmp_path):
     shown = finished(launch(*command))
     assert "Going on from step 4" in shown and "data=2 fsdp=2 tensor=2" in shown
     assert_same_run(run_dir, alone.run_dir)
+
+
+PREPARE_AND_TRAIN = """
+import sys
+from lm_scale import distributed
+from lm_scale.connect import connect
+from lm_scale.__main__ import COMMANDS
+connect("test", [])
+for command in ("prepare", "train"):
+    COMMANDS[command](sys.argv[1:])
+distributed.finish()
+"""
+
+
+@pytest.mark.slow
+def test_a_stream_of_two_processes_is_that_of_one(tmp_path):
+    """Both prepare what is stored of it, and each reads the lanes of its own rows."""
+    path, config = config_file(tmp_path)
+    flags = ["--data.stream", "--data.stream-lanes", "2", "--data.stream-buffer", "30"]
+    shown = finished(launch("-c", PREPARE_AND_TRAIN, path, *flags))
+    assert "[0] rank 0 of 2, told by jax.distributed" in shown
+    assert "[0] validation: " in shown and "[1] validation" not in shown
+
+    lanes = {"stream": True, "stream_lanes": 2, "stream_buffer": 30}
+    data = dataclasses.replace(config.data, **lanes)
+    alone = dataclasses.replace(config, data=data, run_dir=str(tmp_path / "alone"))
+    train(alone, QUIET)
+    assert_same_run(config.run_dir, alone.run_dir)
+    places = []
+    for run in (config.run_dir, alone.run_dir):
+        manifest = Path(run, "checkpoints", str(STEPS), "manifest.json")
+        places.append(json.loads(manifest.read_text())["stream"])
+    assert places[0] == places[1] and set(places[0]["lanes"]) == {"0", "1"}
 
 
 # One start for all: each takes seconds.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast `prepare` tokenizes, and how much memory it takes.
+"""How fast `prepare` tokenizes, and how much memory it and the loader take.
 
     python -m benchmarks.data.prepare speed           # ratios, each round in turn
     python -m benchmarks.data.prepare memory          # writes memory.json
@@ -27,15 +27,20 @@ from pathlib import Path
 from rich.console import Console
 
 from lm_scale.data.corpus import CorpusConfig
+from lm_scale.data.examples import Blocks
+from lm_scale.data.loader import TrainBatches
 from lm_scale.data.prepare import Most, prepare
 from lm_scale.data.python_docs import python_docs
 from lm_scale.data.recipe import train_shown
+from lm_scale.data.store import TokenStore
 from lm_scale.data.tokenizer import TokenizerConfig, load_tokenizer
+from lm_scale.objectives import MaskedLM, Vocabulary
 
 HERE = Path(__file__).parent
 QUIET = Console(quiet=True)
 MB = 10**6
-BLOCK = 512  # tokens that the old way groups
+BLOCK = 512  # tokens that the old way groups, and the loader reads
+BATCHES = 1000  # that the loader makes
 SIZES = (10, 30, 100, 300, 1000)  # MB of text
 TICK = 0.05  # s between looks at the memory
 
@@ -127,8 +132,18 @@ def grouped(batch: dict[str, list]) -> dict[str, list]:
 WAYS: dict[str, Callable] = {"bare": bare, "ours": ours, "old": old}
 
 
+def load(file: Path, tokenizer, scratch: Path) -> None:
+    """Masked batches from all over the store that `ours` has left."""
+    source = Blocks(TokenStore.open(scratch / "train"), BLOCK)
+    vocabulary = Vocabulary(len(tokenizer), (), mask_id=0)
+    batches = TrainBatches(source, MaskedLM(), vocabulary, batch=64, seed=0)
+    for step in range(BATCHES):
+        batches.rows(step, range(64))
+
+
 def run_way(name: str, file: str, tokenizer: str, scratch: str) -> None:
-    WAYS[name](Path(file), load_tokenizer(tokenizer), Path(scratch))
+    way = load if name == "load" else WAYS[name]
+    way(Path(file), load_tokenizer(tokenizer), Path(scratch))
 
 
 def measured(name: str, file: Path, tokenizer: str) -> dict[str, float]:
@@ -216,14 +231,15 @@ def memory(sizes: list[int], tokenizer: str | None) -> list[dict[str, int]]:
             file = Path(folder) / "text.jsonl"
             write_text(file, megabytes * MB)
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                found = peaks([
-                    sys.executable, "-m", "benchmarks.data.prepare", "way", "ours",
-                    str(file), tokenizer, scratch,
-                ])  # fmt: skip
+                command = [sys.executable, "-m", "benchmarks.data.prepare", "way"]
+                given = [str(file), tokenizer, scratch]
+                found = peaks([*command, "ours", *given])
+                found["loader"] = peaks([*command, "load", *given])["all"]
             rows.append({"megabytes": megabytes, **found})
             print(f"{megabytes} MB: {found['all'] / MB:.0f} MB in "
                   f"{found['processes']} process(es), the largest "
-                  f"{found['largest'] / MB:.0f} MB", flush=True)  # fmt: skip
+                  f"{found['largest'] / MB:.0f} MB; the loader "
+                  f"{found['loader'] / MB:.0f} MB", flush=True)  # fmt: skip
     return rows
 
 
@@ -235,15 +251,18 @@ def plot(rows: list[dict[str, int]]) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     sizes = [row["megabytes"] for row in rows]
-    axes.plot(sizes, [row["all"] / MB for row in rows], "o-", label="all processes")
-    largest = [row["largest"] / MB for row in rows]
-    axes.plot(sizes, largest, "s--", label="the largest of them")
+    for name, line, label in (
+        ("all", "o-", "prepare, all processes"),
+        ("largest", "s--", "the largest of them"),
+        ("loader", "^-", "the loader, 1000 batches of 64 x 512 tokens"),
+    ):
+        axes.plot(sizes, [row[name] / MB for row in rows], line, label=label)
     axes.plot(sizes, sizes, ":", color="gray", label="as large as the text")
     axes.set_xscale("log")
     axes.set_ylim(0, 1.3 * max(row["all"] for row in rows) / MB)
     axes.set_xlabel("text (MB)")
     axes.set_ylabel("peak memory (MB)")
-    axes.set_title("lm-scale prepare: memory over the size of the text")
+    axes.set_title("Memory over the size of the text")
     axes.legend()
     figure.savefig(HERE / "memory.png", dpi=120)
 
