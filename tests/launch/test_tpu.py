@@ -79,6 +79,12 @@ def cloud(tmp_path):
         yield made
 
 
+def hear() -> None:
+    """What a shell's background job, or nohup, has the tests ignore, and so this."""
+    for ignored in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_DFL)
+
+
 class Launcher:
     """launch/tpu.py, run in a folder of its own."""
 
@@ -92,8 +98,7 @@ class Launcher:
         return subprocess.Popen(
             [sys.executable, str(self.checkout / "launch/tpu.py"), *arguments],
             cwd=self.folder, text=True, start_new_session=True,
-            # A shell's background job, which the tests may be in, ignores Ctrl-C.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            preexec_fn=hear,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env={**self.cloud.env(), "LM_SCALE_LAUNCHES": str(self.records),
                  "PYTHONUNBUFFERED": "1", **CANARY, **env},
