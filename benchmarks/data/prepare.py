@@ -10,6 +10,7 @@ order in each copy. The tokenizer is a byte-level BPE of 50,257 tokens trained o
 """
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -85,13 +86,16 @@ def ours(file: Path, tokenizer, scratch: Path) -> None:
         prepare(corpus, tokenizer, scratch, parts={"train": Most()}, console=QUIET)
 
 
-def old(file: Path, tokenizer, scratch: Path) -> None:
-    """As the Flax example scripts: `map` with the tokenizer, `map` to join and cut."""
+def old(file: Path, tokenizer, scratch: Path, *, processes: int | None = None) -> None:
+    """As the Flax example scripts: `map` with the tokenizer, `map` to join and cut.
+
+    processes: --preprocessing_num_workers; the published commands do not give it.
+    """
     import datasets
 
     datasets.disable_progress_bars()
     cache = str(scratch / "cache")
-    options = {"batched": True, "num_proc": os.cpu_count()}
+    options = {"batched": True, "num_proc": processes}
     with timed(scratch):
         rows = datasets.load_dataset(
             "json", data_files=[str(file)], split="train", cache_dir=cache
@@ -129,7 +133,12 @@ def grouped(batch: dict[str, list]) -> dict[str, list]:
     return {**cut, "labels": [list(row) for row in cut["input_ids"]]}
 
 
-WAYS: dict[str, Callable] = {"bare": bare, "ours": ours, "old": old}
+WAYS: dict[str, Callable] = {
+    "bare": bare,
+    "ours": ours,
+    "old": old,
+    "workers": functools.partial(old, processes=os.cpu_count()),
+}
 
 
 def load(file: Path, tokenizer, scratch: Path) -> None:
@@ -141,6 +150,13 @@ def load(file: Path, tokenizer, scratch: Path) -> None:
         batches.rows(step, range(64))
 
 
+def command(name: str, file: Path, tokenizer: str, scratch: str) -> list[str]:
+    """A process for `run_way` whose workers need not import this file again."""
+    given = name, str(file), tokenizer, scratch
+    code = f"from benchmarks.data.prepare import run_way; run_way(*{given!r})"
+    return [sys.executable, "-c", code]
+
+
 def run_way(name: str, file: str, tokenizer: str, scratch: str) -> None:
     way = load if name == "load" else WAYS[name]
     way(Path(file), load_tokenizer(tokenizer), Path(scratch))
@@ -149,9 +165,8 @@ def run_way(name: str, file: str, tokenizer: str, scratch: str) -> None:
 def measured(name: str, file: Path, tokenizer: str) -> dict[str, float]:
     """Seconds of one way, in a process of its own."""
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "benchmarks.data.prepare", "way", name]
         subprocess.run(
-            [*command, str(file), tokenizer, scratch],
+            command(name, file, tokenizer, scratch),
             check=True, stdout=subprocess.DEVNULL,
             env={**os.environ, "TOKENIZERS_PARALLELISM": "true"},
         )  # fmt: skip
@@ -173,7 +188,11 @@ def speed(megabytes: int, rounds: int, tokenizer: str | None) -> None:
             )
             print(f"round {number + 1}: {line}", flush=True)
     print(f"{size / MB:.0f} MB of text, {os.cpu_count()} CPUs, {rounds} round(s)")
-    for name, what in (("bare", "bare encode_batch"), ("old", "map and group")):
+    for name, what in (
+        ("bare", "bare encode_batch"),
+        ("old", "map and group"),
+        ("workers", "map and group with a process a CPU"),
+    ):
         for kind in ("wall", "cpu"):
             pairs = zip(found[name], found["ours"], strict=True)
             ratios = sorted(theirs[kind] / mine[kind] for theirs, mine in pairs)
@@ -200,9 +219,9 @@ def resident(pid: int) -> dict[int, int]:
     return found
 
 
-def peaks(command: list[str]) -> dict[str, int]:
+def peaks(started: list[str]) -> dict[str, int]:
     """Runs it; the most bytes at once: of all its processes, and of the largest."""
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    child = subprocess.Popen(started, stdout=subprocess.DEVNULL)
     ended, most = threading.Event(), {"all": 0, "largest": 0, "processes": 0}
 
     def watch() -> None:
@@ -218,7 +237,7 @@ def peaks(command: list[str]) -> dict[str, int]:
     ended.set()
     watcher.join()
     if status != 0:
-        raise SystemExit(f"{' '.join(command)} ended with status {status}")
+        raise SystemExit(f"{' '.join(started)} ended with status {status}")
     return most
 
 
@@ -231,10 +250,9 @@ def memory(sizes: list[int], tokenizer: str | None) -> list[dict[str, int]]:
             file = Path(folder) / "text.jsonl"
             write_text(file, megabytes * MB)
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                command = [sys.executable, "-m", "benchmarks.data.prepare", "way"]
-                given = [str(file), tokenizer, scratch]
-                found = peaks([*command, "ours", *given])
-                found["loader"] = peaks([*command, "load", *given])["all"]
+                found = peaks(command("ours", file, tokenizer, scratch))
+                loader = peaks(command("load", file, tokenizer, scratch))
+                found["loader"] = loader["all"]
             rows.append({"megabytes": megabytes, **found})
             print(f"{megabytes} MB: {found['all'] / MB:.0f} MB in "
                   f"{found['processes']} process(es), the largest "
@@ -268,8 +286,6 @@ def plot(rows: list[dict[str, int]]) -> None:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["way"]:  # what `measured` and `memory` start
-        return run_way(*sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["speed", "memory"])
     parser.add_argument("--megabytes", type=int, nargs="+", help="of text")

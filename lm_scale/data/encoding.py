@@ -23,8 +23,9 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 T = TypeVar("T")
-# Characters that this process encodes itself: by then, a pool would just have begun.
-ALONE = 8 << 20
+# Characters that this process encodes itself, before it starts a pool: little text
+# needs none. It goes on itself until all workers are there.
+ALONE = 4 << 20
 _AHEAD = 3  # texts under way, for each worker
 
 
@@ -105,7 +106,7 @@ class Encoder:
 class Encoders(Generic[T]):
     """Encodes long rows of texts with several processes; a context manager.
 
-    workers: processes; with 1, and for the first `ALONE` characters, this one does it.
+    workers: processes; with 1, and at first (`ALONE`), this one does it.
     """
 
     def __init__(self, spec: Spec, workers: int):
@@ -113,6 +114,9 @@ class Encoders(Generic[T]):
         self._own = Encoder(spec)
         self._alone = 0  # characters encoded here
         self._pool: ProcessPoolExecutor | None = None
+        self._begun: list[
+            Future[int]
+        ] = []  # one for each worker, done when it is there
 
     def __enter__(self) -> "Encoders[T]":
         return self
@@ -129,15 +133,15 @@ class Encoders(Generic[T]):
           WorkerDied: a worker was killed.
         """
         items = iter(items)
-        if self._pool is None:
-            for label, texts in items:
-                self._alone += texts.characters
-                yield label, self._own(texts)
-                if self._workers > 1 and self._alone >= ALONE:
-                    self._start()
-                    break
-            else:
+        while not self._are_there():
+            try:
+                label, texts = next(items)
+            except StopIteration:
                 return
+            self._alone += texts.characters
+            yield label, self._own(texts)
+            if self._pool is None and self._workers > 1 and self._alone >= ALONE:
+                self._start()
         window: deque[tuple[T, Future[Tokens] | Tokens]] = deque()
         for label, texts in items:
             window.append((label, self._submit(texts)))
@@ -145,6 +149,9 @@ class Encoders(Generic[T]):
                 yield self._first(window)
         while window:
             yield self._first(window)
+
+    def _are_there(self) -> bool:
+        return self._pool is not None and all(one.done() for one in self._begun)
 
     def _start(self) -> None:
         mine = get_context("spawn")
@@ -154,8 +161,7 @@ class Encoders(Generic[T]):
                 self._workers, mine, initializer=_begin, initargs=(self._spec, theirs)
             )
             # All are started here, while the variables are set.
-            for _ in range(self._workers):
-                self._pool.submit(os.getpid)
+            self._begun = [self._pool.submit(os.getpid) for _ in range(self._workers)]
 
     def _submit(self, texts: Texts) -> "Future[Tokens] | Tokens":
         if not texts.texts:
