@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`lm-scale plan`: its options, what it prints, its exit status."""
+
+import json
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from lm_scale.config import load_config
+from lm_scale.errors import InputError
+from lm_scale.planning.compile_step import cache_folder, check_compiler
+from lm_scale.planning.plan import make_plan, to_json
+from lm_scale.planning.report import print_plan
+
+DOES_NOT_FIT = 3
+HELP = """\
+usage: lm-scale plan CONFIG [--slice NAME] [--json] [--price X] [--field value ...]
+
+Compiles the train step of a config file for TPUs, of which there need be none, and
+says whether it fits, how long a step and the run take, and what it spends the time on.
+
+  --slice NAME  v3-8, v4-128, v5e-256, v5p-512, v6e-64 ...; else the config's `slice`
+  --mesh AXES   data=-1,fsdp=4, say; or --mesh.fsdp 4
+  --json        the same as JSON
+  --price X     of a chip-hour, in any currency: adds what the run costs
+  --fresh       compile even if the same has been compiled before
+
+Other options are those of `lm-scale train CONFIG --help`. Exit status: 0 it fits, 3 it
+does not fit or cannot be compiled, 2 wrong usage or input.
+"""
+
+
+@dataclass
+class Options:
+    """What is asked for, besides the config's fields."""
+
+    slice: str | None = None
+    price: float | None = None
+    json: bool = False
+    fresh: bool = False
+
+
+def parse(argv: list[str]) -> tuple[Options, list[str]]:
+    """The options of a plan, and the overrides that are left; InputError if wrong."""
+    options, left = Options(), []
+    words = iter(argv)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag in ("--json", "--fresh"):
+            setattr(options, flag.removeprefix("--"), True)
+        elif flag in ("--slice", "--price", "--mesh"):
+            value = value if equals else next(words, "")
+            if not value:
+                raise InputError(f"{flag} needs a value.")
+            if flag == "--mesh":
+                left += mesh_overrides(value)
+            elif flag == "--slice":
+                options.slice = value
+            else:
+                options.price = number(value)
+        else:
+            left.append(word)
+    return options, left
+
+
+def mesh_overrides(text: str) -> list[str]:
+    """`data=2,fsdp=4` as overrides of single fields."""
+    import dataclasses
+
+    from lm_scale.sharding import parse_mesh_shape
+
+    sizes = dataclasses.asdict(parse_mesh_shape(text))
+    return [
+        word for axis, size in sizes.items() for word in (f"--mesh.{axis}", str(size))
+    ]
+
+
+def number(text: str) -> float:
+    """The price; InputError if it is no number."""
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"--price {text!r}: expected a number.") from None
+
+
+def plan_command(argv: list[str], console: Console) -> int:
+    """`plan CONFIG ...`: prints the plan; returns the exit status."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(HELP, end="")
+        if not argv:
+            raise InputError("expected a config file, e.g. configs/llama_1b.py.")
+        return 0
+    options, overrides = parse(argv[1:])
+    config = load_config(argv[0], overrides, prog="lm-scale plan")
+    config.check()
+    check_compiler()
+    if not options.json:
+        print("Compiling the step (minutes, the first time) ...", flush=True)
+    cache = None if options.fresh else cache_folder()
+    plan = make_plan(config, options.slice, price=options.price, cache=cache)
+    if options.json:
+        print(json.dumps(to_json(plan), indent=1))
+    else:
+        print_plan(plan, console)
+    return 0 if plan.fits else DOES_NOT_FIT

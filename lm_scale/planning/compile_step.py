@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The real train step of a config, compiled for TPUs that need not be there.
+
+Shapes take the place of weights and batches: no text, tokenizer or store is read. A
+step that cannot be compiled is a result too.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh, NamedSharding
+
+from lm_scale.assemble import declare_model, make_parts
+from lm_scale.config import RunConfig
+from lm_scale.errors import InputError, one_line
+from lm_scale.objectives import NoiseKeys, Vocabulary
+from lm_scale.planning.accelerators import GIB, Slice
+from lm_scale.planning.program import Program, read
+from lm_scale.run_json import from_dict, to_dict
+from lm_scale.sharding import make_mesh
+from lm_scale.step import TrainState, abstract_state
+
+STEPS = 10_000  # of the schedule, where the run's length is not known: a constant in it
+MESSAGE_LINES, MESSAGE_WIDTH = 14, 160  # of what the compiler says of a failure
+UNITS = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
+READERS = ("hlo", "collectives", "program", "compile_step")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a device in a step."""
+
+    weights: int
+    optimizer: int
+    batch: int
+    padding: int  # of these arrays, to whole tiles, and the step's counters
+    temporaries: int  # at the peak: activations, gradients, buffers of collectives
+    peak: int  # all of the above
+    code: int  # the program itself
+    host: int  # of the host's memory, for what is offloaded
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why there is no program."""
+
+    out_of_memory: bool
+    needed: float | None  # bytes of a device, if the compiler says
+    available: float | None  # the same
+    message: str  # the compiler's, shortened
+
+
+@dataclass(frozen=True)
+class CompiledStep:
+    """What the compiler made of a step; either `program` and `memory`, or `failure`."""
+
+    program: Program | None
+    memory: Memory | None
+    failure: Failure | None
+    seconds: float  # that lowering and compiling took
+    made_by: str  # versions of jax and libtpu
+
+
+def check_compiler() -> None:
+    """InputError if there is no compiler for TPUs."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError(
+            "There is no libtpu, the compiler for TPUs, which `lm-scale plan` needs "
+            "(it runs on Linux, x86-64, and needs no TPU). pip install lm_scale[plan], "
+            "which brings jax[tpu]."
+        )
+
+
+def topology_devices(chosen: Slice) -> list[Any]:
+    """The devices of a slice, as the compiler knows them; they compute nothing."""
+    check_compiler()
+    # The lock is for processes that drive chips; this one only compiles.
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+    single: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)}
+    with quiet():
+        described = topologies.get_topology_desc(
+            platform="tpu", topology_name=chosen.topology,
+            **(single if chosen.chips == 1 else {}),
+        )  # fmt: skip
+    return list(described.devices)
+
+
+def slice_mesh(config: RunConfig, chosen: Slice) -> Mesh:
+    """The config's mesh over the devices of a slice; InputError if it does not fit."""
+    return make_mesh(config.mesh, topology_devices(chosen))
+
+
+def abstract_batch(config: RunConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The batch of a step: int32 [batch T] or [batch M], with shardings.
+
+    Documents that are padded to the longest of a batch count with `seq_len` places.
+    """
+    tokens = np.zeros((1, config.seq_len), np.int32)
+    examples = config.data.examples
+    segments = None if examples == "blocks" else np.ones_like(tokens)
+    one = np.zeros(1, np.int64)
+    row = config.objective.examples(
+        tokens, Vocabulary(3, (1, 2), mask_id=2, pad_id=1), NoiseKeys(0, one, one),
+        segments,
+    )  # fmt: skip
+    if segments is not None:
+        row["segments"] = segments
+    if examples in ("segmented", "packed"):
+        row["positions"] = tokens
+    rules = config.compute.rules
+    by_token = NamedSharding(mesh, rules.spec("batch", "seq"))
+    by_row = NamedSharding(mesh, rules.spec("batch", None))
+    return {
+        name: jax.ShapeDtypeStruct(
+            (config.batch, x.shape[1]), np.int32,
+            sharding=by_row if name == "masked_positions" else by_token,
+        )
+        for name, x in row.items()
+    }  # fmt: skip
+
+
+def compile_step(
+    config: RunConfig,
+    mesh: Mesh,
+    *,
+    steps: int | None = None,
+    options: Mapping[str, str] | None = None,
+    cache: Path | None = None,
+) -> CompiledStep:
+    """The step of `config` for the mesh's devices.
+
+    steps: of the run. options: XLA's, by name. cache: a folder of results, by a hash of
+    the lowered program, its devices, the options and the versions of the compiler.
+    Raises InputError if the mesh cannot cut the batch or the weights.
+    """
+    begun = time.monotonic()
+    model = declare_model(config, mesh)
+    parts = make_parts(config, model, steps or STEPS)
+    state = abstract_state(model, parts.optimizer, mesh)
+    batch = abstract_batch(config, mesh)
+    with jax.set_mesh(mesh), quiet():
+        lowered = parts.step.lower(state, batch)  # pyright: ignore[reportFunctionMemberAccess]
+    made_by = f"jax {version('jax')}, libtpu {version('libtpu')}"
+    path = None
+    if cache is not None:
+        path = cache / f"{key_of(lowered.as_text(), mesh, options, made_by)}.json"
+        if path.exists():
+            return from_dict(CompiledStep, json.loads(path.read_text()))
+    program = memory = failure = None
+    try:
+        with quiet(), uncached():
+            compiled = lowered.compile(dict(options) if options else None)
+            text = compiled.as_text()
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        failure = explain_failure(error)
+    else:
+        program = read(text, dict(mesh.shape))
+        memory = memory_of(compiled.memory_analysis(), state, batch)
+    result = CompiledStep(program, memory, failure, time.monotonic() - begun, made_by)
+    if path is not None:
+        write(path, result)
+    return result
+
+
+def memory_of(analysis: Any, state: TrainState, batch: dict[str, Any]) -> Memory:
+    """What `compiled.memory_analysis()` says, told apart by what it is for."""
+    weights, optimizer = shard_bytes(state.params), shard_bytes(state.opt_state)
+    rows, arguments = shard_bytes(batch), analysis.argument_size_in_bytes
+    return Memory(
+        weights=weights,
+        optimizer=optimizer,
+        batch=rows,
+        padding=arguments - weights - optimizer - rows,
+        temporaries=analysis.peak_memory_in_bytes - arguments,
+        peak=analysis.peak_memory_in_bytes,
+        code=analysis.generated_code_size_in_bytes,
+        host=analysis.host_temp_size_in_bytes + analysis.host_argument_size_in_bytes,
+    )
+
+
+def shard_bytes(tree: Any) -> int:
+    """Bytes of a device's shards of these abstract arrays."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    )
+
+
+def explain_failure(error: Exception) -> Failure:
+    """What the compiler said, shortened; the sizes, if it ran out of memory."""
+    text = str(error)
+    over = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])", text) or re.search(
+        r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)", text
+    )
+    needed = available = None
+    if over:
+        needed = float(over[1]) * UNITS[over[2]]
+        available = float(over[3]) * UNITS[over[4]]
+    lines = [line.strip() for line in text.splitlines() if line.strip(" =")]
+    shown = [line[:MESSAGE_WIDTH] for line in lines[:MESSAGE_LINES]]
+    if len(lines) > len(shown):
+        shown.append(f"... ({len(lines) - len(shown)} more lines)")
+    message = "\n".join(shown) or one_line(error)
+    return Failure("RESOURCE_EXHAUSTED" in text, needed, available, message)
+
+
+# --- The cache ------------------------------------------------------------------------
+
+
+def key_of(
+    lowered: str, mesh: Mesh, options: Mapping[str, str] | None, made_by: str
+) -> str:
+    """A name for what the compiler, and our reading of it, makes of a program."""
+    devices = [(d.id, d.device_kind) for d in mesh.devices.flat]
+    here = Path(__file__).parent
+    sources = [(here / f"{name}.py").read_text("utf-8") for name in READERS]
+    facts = (lowered, dict(mesh.shape), devices, sorted((options or {}).items()),
+             made_by, sources)  # fmt: skip
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+
+
+def write(path: Path, result: CompiledStep) -> None:
+    """Whole or not at all, whoever else writes the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        json.dump(to_dict(result), file)
+    os.replace(file.name, path)
+
+
+def cache_folder() -> Path:
+    """Where plans are kept: $XDG_CACHE_HOME/lm_scale/plans, or under ~/.cache."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "lm_scale" / "plans"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """libtpu's messages, from native code, go nowhere; what it raises still comes."""
+    saved = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+@contextlib.contextmanager
+def uncached() -> Iterator[None]:
+    """Without jax's own cache: it keeps programs that it cannot read without a chip."""
+    before = jax.config.read("jax_enable_compilation_cache")
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # it decides once for all
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
