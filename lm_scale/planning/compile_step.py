@@ -265,7 +265,8 @@ def quiet() -> Iterator[None]:
 @contextlib.contextmanager
 def uncached() -> Iterator[None]:
     """Without jax's own cache: it keeps programs that it cannot read without a chip."""
-    before = jax.config.read("jax_enable_compilation_cache")
+    config: Any = jax.config
+    before = config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()  # it decides once for all
     try:
