@@ -5,16 +5,11 @@ Shapes take the place of weights and batches: no text, tokenizer or store is rea
 step that cannot be compiled is a result too.
 """
 
-import contextlib
-import hashlib
-import importlib.util
 import json
 import math
-import os
 import re
-import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,15 +17,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import topologies
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding
 
 from lm_scale.assemble import declare_model, make_parts
 from lm_scale.config import RunConfig
-from lm_scale.errors import InputError, one_line
+from lm_scale.errors import one_line
 from lm_scale.objectives import NoiseKeys, Vocabulary
 from lm_scale.planning.accelerators import GIB, Slice
+from lm_scale.planning.kept import key_of, write
+from lm_scale.planning.libtpu import quiet, topology_devices, uncached
 from lm_scale.planning.program import Program, read
 from lm_scale.run_json import from_dict, to_dict
 from lm_scale.sharding import make_mesh
@@ -39,7 +34,6 @@ from lm_scale.step import TrainState, abstract_state
 STEPS = 10_000  # of the schedule, where the run's length is not known: a constant in it
 MESSAGE_LINES, MESSAGE_WIDTH = 14, 160  # of what the compiler says of a failure
 UNITS = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
-READERS = ("hlo", "collectives", "program", "compile_step")
 
 
 @dataclass(frozen=True)
@@ -75,30 +69,6 @@ class CompiledStep:
     failure: Failure | None
     seconds: float  # that lowering and compiling took
     made_by: str  # versions of jax and libtpu
-
-
-def check_compiler() -> None:
-    """InputError if there is no compiler for TPUs."""
-    if importlib.util.find_spec("libtpu") is None:
-        raise InputError(
-            "There is no libtpu, the compiler for TPUs, which `lm-scale plan` needs "
-            "(it runs on Linux, x86-64, and needs no TPU). pip install lm_scale[plan], "
-            "which brings jax[tpu]."
-        )
-
-
-def topology_devices(chosen: Slice) -> list[Any]:
-    """The devices of a slice, as the compiler knows them; they compute nothing."""
-    check_compiler()
-    # The lock is for processes that drive chips; this one only compiles.
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
-    single: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)}
-    with quiet():
-        described = topologies.get_topology_desc(
-            platform="tpu", topology_name=chosen.topology,
-            **(single if chosen.chips == 1 else {}),
-        )  # fmt: skip
-    return list(described.devices)
 
 
 def slice_mesh(config: RunConfig, chosen: Slice) -> Mesh:
@@ -174,7 +144,7 @@ def compile_step(
         memory = memory_of(compiled.memory_analysis(), state, batch)
     result = CompiledStep(program, memory, failure, time.monotonic() - begun, made_by)
     if path is not None:
-        write(path, result)
+        write(path, to_dict(result))
     return result
 
 
@@ -218,59 +188,3 @@ def explain_failure(error: Exception) -> Failure:
         shown.append(f"... ({len(lines) - len(shown)} more lines)")
     message = "\n".join(shown) or one_line(error)
     return Failure("RESOURCE_EXHAUSTED" in text, needed, available, message)
-
-
-# --- The cache ------------------------------------------------------------------------
-
-
-def key_of(
-    lowered: str, mesh: Mesh, options: Mapping[str, str] | None, made_by: str
-) -> str:
-    """A name for what the compiler, and our reading of it, makes of a program."""
-    devices = [(d.id, d.device_kind) for d in mesh.devices.flat]
-    here = Path(__file__).parent
-    sources = [(here / f"{name}.py").read_text("utf-8") for name in READERS]
-    facts = (lowered, dict(mesh.shape), devices, sorted((options or {}).items()),
-             made_by, sources)  # fmt: skip
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
-
-
-def write(path: Path, result: CompiledStep) -> None:
-    """Whole or not at all, whoever else writes the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(to_dict(result), file)
-    os.replace(file.name, path)
-
-
-def cache_folder() -> Path:
-    """Where plans are kept: $XDG_CACHE_HOME/lm_scale/plans, or under ~/.cache."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "lm_scale" / "plans"
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """libtpu's messages, from native code, go nowhere; what it raises still comes."""
-    saved = os.dup(2)
-    try:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-
-
-@contextlib.contextmanager
-def uncached() -> Iterator[None]:
-    """Without jax's own cache: it keeps programs that it cannot read without a chip."""
-    config: Any = jax.config
-    before = config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # it decides once for all
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_compilation_cache", before)
-        compilation_cache.reset_cache()

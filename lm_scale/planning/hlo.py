@@ -70,6 +70,14 @@ class Text:
     entry: str = ""
     tables: dict[str, dict[int, str]] = field(default_factory=dict)
 
+    @functools.cached_property
+    def results(self) -> dict[str, dict[str, str]]:
+        """By computation and instruction: its type."""
+        return {
+            name: {one.name: one.result for one in instructions}
+            for name, instructions in self.computations.items()
+        }
+
     def source(self, instruction: Instruction) -> str:
         """File and line that it stems from, such as models/gpt2.py:154; "": unknown.
 

@@ -19,21 +19,11 @@ from lm_scale.planning.collectives import (
     sent_share,
     whole_arrays,
 )
-from lm_scale.planning.hlo import (
-    Instruction,
-    Text,
-    first_array,
-    hbm_bytes,
-    parse,
-    slice_bytes,
-)
+from lm_scale.planning.hlo import Instruction, Text, parse
+from lm_scale.planning.loops import trip_count
+from lm_scale.planning.moved import moved
 
 COSTLIEST = 10  # instructions that are told by name
-# What moves no bytes, or what another instruction moves.
-FREE = (
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call",
-    "conditional", "async-start", "after-all", "partition-id", "replica-id", "iota",
-)  # fmt: skip
 # A loop over layers keeps its activations in stacks and takes them from there; a layer
 # that stands alone keeps them where they are.
 STACKING = ("dynamic_update_slice", "dynamic_slice")
@@ -144,7 +134,6 @@ class Reader:
         default_factory=lambda: collections.defaultdict(lambda: [0, 0, 0.0, 0.0])
     )
     arrays: collections.Counter = field(default_factory=collections.Counter)
-    known: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def program(self) -> Program:
         """All that was found."""
@@ -180,10 +169,10 @@ class Reader:
         that runs beside other work is in the text several times, as it begins, goes on
         (in a loop between, perhaps) and ends, each time in a fusion.
         """
+        results = self.text.results[name]
         for one in self.text.computations[name]:
             self.add_cycles(one, times, loop)
-            if one.opcode not in FREE and not one.opcode.endswith("-done"):
-                self.hbm += times * self.moved(name, one)
+            self.hbm += times * moved(self.text, one, results)
             if one.opcode == "while":
                 self.turn(one, times, seen)
             elif one.opcode in ("call", "async-start"):
@@ -256,82 +245,3 @@ class Reader:
             for dtype, shape, _ in whole_arrays(one)
         )
         self.arrays[kind, shapes, group] += times
-
-    def moved(self, name: str, one: Instruction) -> int:
-        """Bytes of HBM that an instruction reads and writes."""
-        known = self.results(name)
-        given = [known.get(x, "") for x in one.operands]
-        if one.opcode == "fusion" and one.called:
-            return self.moved_by_fusion(one, given)
-        if one.opcode == "dynamic-update-slice":
-            return hbm_bytes(given[1]) + slice_bytes(given[0], given[1])
-        if one.opcode == "dynamic-slice":
-            return slice_bytes(given[0], one.result) + hbm_bytes(one.result)
-        read = sum(hbm_bytes(x) for x in given)
-        if one.opcode == "copy-start":  # (the copy, what it is of, a flag)
-            return read + sum(hbm_bytes(x) for x in first_array(one.result))
-        return read + hbm_bytes(one.result)
-
-    def moved_by_fusion(self, one: Instruction, given: list[str]) -> int:
-        """The same of a fusion, which may touch slices of its operands only."""
-        inside = self.text.computations[one.called[0]]
-        results = {x.name: x.result for x in inside}
-        total, updated = 0, False
-        for x in inside:
-            if x.opcode != "parameter":
-                continue
-            operand = given[int(x.rest.partition(")")[0])]
-            users = [user for user in inside if x.name in user.operands]
-            if users and all(user.opcode == "dynamic-slice" for user in users):
-                total += sum(slice_bytes(operand, user.result) for user in users)
-            elif users and all(
-                user.opcode == "dynamic-update-slice" and user.operands[0] == x.name
-                for user in users
-            ):
-                # In place: what is written is what is put in.
-                new = [results[user.operands[1]] for user in users]
-                total += sum(slice_bytes(operand, each) for each in new)
-                updated = True
-            else:
-                total += hbm_bytes(operand)
-        return total if updated else total + hbm_bytes(one.result)
-
-    def results(self, name: str) -> dict[str, str]:
-        """The types of a computation's instructions, by their names."""
-        if name not in self.known:
-            found = {one.name: one.result for one in self.text.computations[name]}
-            self.known[name] = found
-        return self.known[name]
-
-
-def trip_count(condition: list[Instruction], body: list[Instruction]) -> int | None:
-    """How often a loop turns: limit / step of its counter, which starts at 0.
-
-    XLA's own loops, of a product in which a gather is hidden, take steps of 2. None: it
-    is of another form.
-    """
-    tests = {one.name: one for one in condition}
-    work = {one.name: one for one in body}
-    compared = [one for one in condition if one.opcode == "compare"]
-    if len(compared) != 1 or "direction=LT" not in compared[0].rest:
-        return None
-    counter, limit = (tests.get(name) for name in compared[0].operands)
-    place = counter and counter.attribute(r"index=(\d+)")
-    root = body[-1]
-    if not place or limit is None or limit.opcode != "constant":
-        return None
-    if root.opcode != "tuple":
-        return None
-    added = work.get(root.operands[int(place)])
-    while added is not None and added.opcode == "copy":
-        added = work.get(added.operands[0])
-    if added is None or added.opcode != "add":
-        return None
-    steps = [work[x] for x in added.operands if work[x].opcode == "constant"]
-    if len(steps) != 1:
-        return None
-    return -(-value(limit) // value(steps[0]))
-
-
-def value(constant: Instruction) -> int:
-    return int(constant.rest.partition(")")[0])

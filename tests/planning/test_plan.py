@@ -14,10 +14,11 @@ from rich.console import Console
 from lm_scale.__main__ import main
 from lm_scale.config import load_config
 from lm_scale.errors import InputError
-from lm_scale.planning import compile_step, plan
+from lm_scale.planning import command, compare, compile_step, libtpu, plan
 from lm_scale.planning.compile_step import explain_failure
 from lm_scale.planning.plan import Plan, from_json, make_plan, to_json
 from lm_scale.planning.report import print_plan
+from lm_scale.run_json import write_config
 
 pytest.importorskip("libtpu", reason="libtpu, the compiler for TPUs, is not installed")
 
@@ -174,9 +175,35 @@ def test_what_is_too_large_is_told_and_has_status_3(folder, monkeypatch, capfd):
     assert "It does not fit into 15.48 GiB, by " in console.file.getvalue()
 
 
+def test_a_plan_beside_what_a_run_measured(planned, folder, monkeypatch, capsys):
+    """The plan of the run's own config; medians of its lines."""
+    run, found = folder / "run", planned()
+    run.mkdir()
+    config = load_config(str(folder / "tiny.py"), [], prog="test")
+    write_config(dataclasses.replace(config, run_dir=str(run)), 0, None)
+    step = found.times.step
+    lines = [{"step": n, "kind": "train", "step_time_s": x * step, "mfu": None}
+             for n, x in ((10, 9.0), (20, 2.0), (30, 2.0))]  # fmt: skip
+    lines.append({"step": 30, "kind": "eval", "loss": 1.0})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    monkeypatch.setattr(command, "cache_folder", lambda: folder / "cache")
+    assert main(["plan", "--compare", str(run), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["compared"]
+    assert rows["step_time_s"]["predicted"] == step
+    assert rows["step_time_s"]["measured"] == 2 * step
+    assert rows["mfu"] == {"name": "mfu", "predicted": found.mfu, "measured": None}
+    assert main(["plan", "--compare", str(folder), "--batch", "8"]) == 2
+    assert "'--batch' has no place here" in capsys.readouterr().err
+    (run / "metrics.jsonl").unlink()
+    with pytest.raises(InputError, match="tells the time of no step"):
+        compare.measured(str(run))
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        ([], "expected a config file, e.g."),
+        (["--json"], "expected a config file first, got none"),
         (["nowhere.py"], "There is no config file 'nowhere.py'"),
         (["CONFIG", "--slice", "v3-9"], "slice 'v3-9': there is none of 9"),
         (["CONFIG", "--mesh", "data=3"], "does not fit 8 device"),
@@ -199,7 +226,7 @@ def test_a_config_must_name_its_slice(folder):
 
 
 def test_without_the_compiler_it_says_what_to_install(folder, monkeypatch):
-    monkeypatch.setattr(compile_step.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(libtpu.importlib.util, "find_spec", lambda name: None)
     config = load_config(str(folder / "tiny.py"), [], prog="test")
     with pytest.raises(InputError, match=r"no libtpu.* pip install lm_scale\[plan\]"):
         make_plan(config)

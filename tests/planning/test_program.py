@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lm_scale.planning.accelerators import find_slice
 from lm_scale.planning.collectives import axes_of, group_of
-from lm_scale.planning.compile_step import quiet, topology_devices, uncached
+from lm_scale.planning.libtpu import quiet, topology_devices, uncached
 from lm_scale.planning.program import Traffic, read
 from lm_scale.sharding import MeshShape, make_mesh
 
