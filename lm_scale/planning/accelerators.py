@@ -29,6 +29,7 @@ class Generation:
     hbm_bandwidth: float | None  # bytes/s
     ici_bandwidth: float | None  # bytes/s that a chip sends, over all its links
     clock: float | None  # Hz
+    note: str = ""  # what one should know of how libtpu compiles for it
 
     @property
     def peak(self) -> float:
@@ -47,19 +48,18 @@ class Generation:
 # for those after: the peak by the FLOPs that the matrix units do a cycle, 2 x 128 x 128
 # each, 4 a core (v5e, v5p); v6e's are four times as large. Their number follows from
 # what libtpu reckons for a product of 4096 x 4096 matrices: 127 k, 252 k and 456 k
-# FLOPs a cycle for units of 131 k, 262 k and 524 k (v2 to v4: 97, 95 and 89 % of
-# theirs, so by its own reckoning a product on v4 and later is 3 % short of the peak at
-# most, and above it by some 10 % on v4, where it has HBM of its own).
+# FLOPs a cycle, for units of 131 k, 262 k and 524 k. (v2 to v4: 32 k, 62 k and 117 k
+# for units of 33 k, 66 k and 131 k.)
 # TPU7x: of its page only the capacity was at hand.
 GENERATIONS = (
     Generation("v2", ("v2",), True, 2, 2, "TPU v2", 2,
                16 * GIB, 7.48 * GIB, 700e9, None, 700e6),
     Generation("v3", ("v3",), True, 2, 2, "TPU v3", 2,
                32 * GIB, 15.48 * GIB, 900e9, 340e12 / 1024, 940e6),
-    # Cloud's v4 joins the two cores to one device ("megacore"); libtpu without a chip
-    # compiles for the cores, each with half of the memory.
     Generation("v4", ("v4",), True, 2, 2, "TPU v4", 3,
-               32 * GIB, 15.25 * GIB, 1200e9, 1.1e15 / 4096, 1050e6),
+               32 * GIB, 15.25 * GIB, 1200e9, 1.1e15 / 4096, 1050e6,
+               "a device is one core here, with half of a chip's memory; on Cloud the "
+               "two cores of a v4 are one device (megacore), the mesh half as large"),
     Generation("v5e", ("v5e", "v5litepod"), False, 1, 1, "TPU v5 lite", 2,
                16 * GIB, 15.75 * GIB, 819e9, 51.2e12 / 256, 197e12 / 2**17),
     Generation("v5p", ("v5p",), True, 2, 1, "TPU v5", 3,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from lm_scale.config import RunConfig, load_config
+from lm_scale.console import say
 from lm_scale.errors import InputError
 from lm_scale.planning.compare import compare, measured, print_comparison
 from lm_scale.planning.kept import cache_folder
@@ -98,10 +99,11 @@ def plan_command(argv: list[str], console: Console) -> int:
     config = config_of(options, words)
     check_compiler()
     told = measured(options.compare) if options.compare else None
-    if not options.json:
-        print("Compiling the step (minutes, the first time) ...", flush=True)
-    cache = None if options.fresh else cache_folder()
-    plan = make_plan(config, options.slice, price=options.price, cache=cache)
+    plan = make_plan(
+        config, options.slice, price=options.price,
+        cache=None if options.fresh else cache_folder(),
+        tell=(lambda text: None) if options.json else lambda text: say(console, text),
+    )  # fmt: skip
     rows = compare(plan, told) if told else []
     if options.json:
         compared = {row.name: dataclasses.asdict(row) for row in rows}

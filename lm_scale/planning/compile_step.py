@@ -5,11 +5,10 @@ Shapes take the place of weights and batches: no text, tokenizer or store is rea
 step that cannot be compiled is a result too.
 """
 
-import json
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,13 +22,13 @@ from lm_scale.assemble import declare_model, make_parts
 from lm_scale.config import RunConfig
 from lm_scale.errors import one_line
 from lm_scale.objectives import NoiseKeys, Vocabulary
+from lm_scale.planning import kept
 from lm_scale.planning.accelerators import GIB, Slice
-from lm_scale.planning.kept import key_of, write
 from lm_scale.planning.libtpu import quiet, topology_devices, uncached
 from lm_scale.planning.program import Program, read
 from lm_scale.run_json import from_dict, to_dict
 from lm_scale.sharding import make_mesh
-from lm_scale.step import TrainState, abstract_state
+from lm_scale.step import abstract_state
 
 STEPS = 10_000  # of the schedule, where the run's length is not known: a constant in it
 MESSAGE_LINES, MESSAGE_WIDTH = 14, 160  # of what the compiler says of a failure
@@ -37,15 +36,26 @@ UNITS = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes of a device in a step."""
+class Arguments:
+    """Bytes of a device that a step is given, by what they are."""
 
     weights: int
     optimizer: int
     batch: int
-    padding: int  # of these arrays, to whole tiles, and the step's counters
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.optimizer + self.batch
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a device in a step, besides its arguments."""
+
+    padding: int  # of the arguments, to whole tiles, and the step's counters
     temporaries: int  # at the peak: activations, gradients, buffers of collectives
-    peak: int  # all of the above
+    peak: int  # arguments and both of the above
     code: int  # the program itself
     host: int  # of the host's memory, for what is offloaded
 
@@ -55,7 +65,7 @@ class Failure:
     """Why there is no program."""
 
     out_of_memory: bool
-    needed: float | None  # bytes of a device, if the compiler says
+    needed: float | None  # bytes of a device, or more; if the compiler says
     available: float | None  # the same
     message: str  # the compiler's, shortened
 
@@ -64,6 +74,7 @@ class Failure:
 class CompiledStep:
     """What the compiler made of a step; either `program` and `memory`, or `failure`."""
 
+    arguments: Arguments
     program: Program | None
     memory: Memory | None
     failure: Failure | None
@@ -112,27 +123,25 @@ def compile_step(
     steps: int | None = None,
     options: Mapping[str, str] | None = None,
     cache: Path | None = None,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> CompiledStep:
     """The step of `config` for the mesh's devices.
 
     steps: of the run. options: XLA's, by name. cache: a folder of results, by a hash of
     the lowered program, its devices, the options and the versions of the compiler.
+    tell: hears of what takes long.
     Raises InputError if the mesh cannot cut the batch or the weights.
     """
     begun = time.monotonic()
-    model = declare_model(config, mesh)
-    parts = make_parts(config, model, steps or STEPS)
-    state = abstract_state(model, parts.optimizer, mesh)
-    batch = abstract_batch(config, mesh)
-    with jax.set_mesh(mesh), quiet():
-        lowered = parts.step.lower(state, batch)  # pyright: ignore[reportFunctionMemberAccess]
+    lowered, arguments = lower_step(config, mesh, steps)
     made_by = f"jax {version('jax')}, libtpu {version('libtpu')}"
     path = None
     if cache is not None:
-        path = cache / f"{key_of(lowered.as_text(), mesh, options, made_by)}.json"
-        if path.exists():
-            return from_dict(CompiledStep, json.loads(path.read_text()))
+        path = cache / f"{kept.key_of(lowered.as_text(), mesh, options, made_by)}.json"
+        if (found := kept.read(path)) is not None:
+            return from_dict(CompiledStep, found)
     program = memory = failure = None
+    tell("Compiling the step, which takes minutes the first time ...")
     try:
         with quiet(), uncached():
             compiled = lowered.compile(dict(options) if options else None)
@@ -141,24 +150,41 @@ def compile_step(
         failure = explain_failure(error)
     else:
         program = read(text, dict(mesh.shape))
-        memory = memory_of(compiled.memory_analysis(), state, batch)
-    result = CompiledStep(program, memory, failure, time.monotonic() - begun, made_by)
+        memory = memory_of(compiled.memory_analysis(), arguments)
+    result = CompiledStep(
+        arguments, program, memory, failure, time.monotonic() - begun, made_by
+    )
     if path is not None:
-        write(path, to_dict(result))
+        kept.write(path, to_dict(result))
     return result
 
 
-def memory_of(analysis: Any, state: TrainState, batch: dict[str, Any]) -> Memory:
-    """What `compiled.memory_analysis()` says, told apart by what it is for."""
-    weights, optimizer = shard_bytes(state.params), shard_bytes(state.opt_state)
-    rows, arguments = shard_bytes(batch), analysis.argument_size_in_bytes
+def lower_step(
+    config: RunConfig, mesh: Mesh, steps: int | None = None
+) -> tuple[jax.stages.Lowered, Arguments]:
+    """The step as it goes to the compiler, and what it is given, for these devices.
+
+    Raises InputError if the mesh cannot cut the batch or the weights.
+    """
+    model = declare_model(config, mesh)
+    parts = make_parts(config, model, steps or STEPS)
+    state = abstract_state(model, parts.optimizer, mesh)
+    batch = abstract_batch(config, mesh)
+    step: Any = parts.step  # jitted, and so can be lowered
+    with jax.set_mesh(mesh), quiet():
+        lowered = step.lower(state, batch)
+    return lowered, Arguments(
+        shard_bytes(state.params), shard_bytes(state.opt_state), shard_bytes(batch)
+    )
+
+
+def memory_of(analysis: Any, arguments: Arguments) -> Memory:
+    """What `compiled.memory_analysis()` says, besides the arguments."""
+    given, peak = analysis.argument_size_in_bytes, analysis.peak_memory_in_bytes
     return Memory(
-        weights=weights,
-        optimizer=optimizer,
-        batch=rows,
-        padding=arguments - weights - optimizer - rows,
-        temporaries=analysis.peak_memory_in_bytes - arguments,
-        peak=analysis.peak_memory_in_bytes,
+        padding=given - arguments.total,
+        temporaries=peak - given,
+        peak=peak,
         code=analysis.generated_code_size_in_bytes,
         host=analysis.host_temp_size_in_bytes + analysis.host_argument_size_in_bytes,
     )

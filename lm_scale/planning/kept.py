@@ -26,6 +26,14 @@ def key_of(
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 
 
+def read(path: Path) -> Any:
+    """The JSON values of a file; None if there is none, or it is damaged."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 def write(path: Path, result: Any) -> None:
     """JSON values into a file, whole or not at all, whoever else writes the same."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,11 +11,13 @@ at that of all its links.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from lm_scale.assemble import flops_per_token
 from lm_scale.config import RunConfig
+from lm_scale.data.store import TokenStore
 from lm_scale.errors import InputError
 from lm_scale.planning.accelerators import Slice, find_slice
 from lm_scale.planning.compile_step import (
@@ -53,6 +55,7 @@ class Chips:
     ici_bandwidth: float | None  # bytes/s
     peak: float  # FLOP/s, dense bf16
     clock: float | None  # Hz
+    note: str = ""  # what one should know of how it is compiled for
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,10 @@ class Plan:
 
     @property
     def spare(self) -> float | None:
-        """Bytes of a device that are left; below 0: that are missing. None: unknown."""
+        """Bytes of a device that are left; None: not known.
+
+        Below 0: at least so many are missing (the compiler may count temporaries only).
+        """
         memory, failure = self.compiled.memory, self.compiled.failure
         if memory is not None:
             return self.chips.usable_hbm - memory.peak - memory.code
@@ -117,11 +123,13 @@ def make_plan(
     *,
     price: float | None = None,
     cache: Path | None = None,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Plan:
     """The plan of a config for a slice; None: that of `config.slice`.
 
-    price: of a chip-hour. cache: see `compile_step`. Raises InputError for a slice that
-    is not known, a mesh or batch that cannot be cut for it, or if there is no libtpu.
+    price: of a chip-hour. cache, tell: see `compile_step`. Raises InputError for a
+    slice that is not known, a mesh or batch that cannot be cut for it, or if there is
+    no libtpu.
     """
     name = slice_name or config.slice
     if name is None:
@@ -134,7 +142,7 @@ def make_plan(
     chosen = find_slice(name)
     mesh = slice_mesh(config, chosen)
     steps, why = count_steps(config)
-    compiled = compile_step(config, mesh, steps=steps, cache=cache)
+    compiled = compile_step(config, mesh, steps=steps, cache=cache, tell=tell)
     _, attention = config.choose_attention(mesh)
     tokens = config.batch * config.seq_len
     flops = tokens * flops_per_token(config)
@@ -165,6 +173,7 @@ def describe(chosen: Slice) -> Chips:
         chosen.name, chosen.topology, chosen.generation.kind, chosen.chips,
         chosen.devices, chosen.hbm, chosen.usable_hbm, chosen.hbm_bandwidth,
         chosen.ici_bandwidth, chosen.generation.peak, chosen.generation.clock,
+        chosen.generation.note,
     )  # fmt: skip
 
 
@@ -217,8 +226,6 @@ def count_steps(config: RunConfig) -> tuple[int | None, str]:
 
 def count_examples(config: RunConfig) -> tuple[int | None, str]:
     """Training examples: of the store, if it is there; else the most that are used."""
-    from lm_scale.data.store import TokenStore
-
     data, epochs = config.data, f"{config.epochs:g} epochs"
     most = data.max_train_examples
     part = Path(config.store_dir) / "train"
@@ -237,10 +244,10 @@ def count_examples(config: RunConfig) -> tuple[int | None, str]:
 
 
 def to_json(plan: Plan) -> dict:
-    """A plan as JSON values."""
-    return to_dict(plan)
+    """A plan as JSON values, what follows from it (`spare`) included."""
+    return to_dict(plan) | {"spare": plan.spare}
 
 
 def from_json(value: dict) -> Plan:
-    """The opposite of `to_json`."""
+    """The plan that `to_json` was given."""
     return from_dict(Plan, value)

@@ -49,6 +49,7 @@ def _head(plan: Plan) -> Table:
         ("step", f"{plan.tokens:,} tokens, {plan.flops / 1e12:,.1f} T model FLOPs "
                  f"({plan.formula})"),
         ("compiler", plan.compiled.made_by),
+        *([("note", chips.note)] if chips.note else []),
     ])  # fmt: skip
 
 
@@ -61,21 +62,23 @@ def _verdict(plan: Plan) -> Text:
     failure = plan.compiled.failure
     if failure is not None and not failure.out_of_memory:
         return Text("It cannot be compiled:", "bold red")
-    over = "" if spare is None else f", by {gib(-spare)} a device"
+    over = "" if spare is None else f", by {gib(-spare)} a device or more"
     return Text(f"It does not fit into {usable}{over}:", "bold red")
 
 
 def _memory(plan: Plan) -> Table:
-    memory = plan.compiled.memory
-    if memory is None:
-        return _rows([])
+    given, memory = plan.compiled.arguments, plan.compiled.memory
     parts = [
-        ("weights", memory.weights), ("optimizer state", memory.optimizer),
-        ("batch", memory.batch), ("padding of these", memory.padding),
-        ("activations, temporaries", memory.temporaries),
-        ("peak of a step", memory.peak), ("the program", memory.code),
+        ("weights", given.weights), ("optimizer state", given.optimizer),
+        ("batch", given.batch),
     ]  # fmt: skip
-    if memory.host:
+    if memory is not None:
+        parts += [
+            ("padding of these", memory.padding),
+            ("activations, temporaries", memory.temporaries),
+            ("peak of a step", memory.peak), ("the program", memory.code),
+        ]  # fmt: skip
+    if memory is not None and memory.host:
         parts.append(("offloaded, of the host", memory.host))
     return _rows([(name, gib(size)) for name, size in parts], "Memory of a device")
 

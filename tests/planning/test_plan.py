@@ -84,15 +84,19 @@ def planned(make):
 
 def test_the_memory_is_what_the_compiler_says(planned):
     found = planned()
-    memory, said = found.compiled.memory, planned.said[0]
-    parts = (memory.weights, memory.optimizer, memory.batch, memory.padding)
-    assert sum(parts) == said.argument_size_in_bytes
-    assert memory.peak == said.peak_memory_in_bytes == sum(parts) + memory.temporaries
+    given, memory, said = (
+        found.compiled.arguments,
+        found.compiled.memory,
+        planned.said[0],
+    )
+    assert given.total + memory.padding == said.argument_size_in_bytes
+    assert memory.peak == said.peak_memory_in_bytes
+    assert memory.peak == given.total + memory.padding + memory.temporaries
     assert memory.code == said.generated_code_size_in_bytes
     # Whole on each device: f32, of which Adam keeps two more, and a counter or two.
-    assert memory.weights == 4 * found.weights
-    assert 0 <= memory.optimizer - 2 * memory.weights <= 16
-    assert memory.batch == 2 * 4 * 64 * 128 // 8  # tokens and labels, int32
+    assert given.weights == 4 * found.weights
+    assert 0 <= given.optimizer - 2 * given.weights <= 16
+    assert given.batch == 2 * 4 * 64 * 128 // 8  # tokens and labels, int32
     assert found.fits and found.spare == 15.48 * 2**30 - memory.peak - memory.code
 
 
@@ -169,7 +173,12 @@ def test_what_is_too_large_is_told_and_has_status_3(folder, monkeypatch, capfd):
     assert (status, err) == (3, "")  # and none of libtpu's noise
     assert not found.fits and found.compiled.failure.out_of_memory
     assert found.compiled.failure.available == 15.48 * 2**30
-    assert found.spare < 0 and found.times is None and found.tokens_per_s is None
+    assert found.compiled.arguments.weights == 4 * found.weights
+    assert (
+        json.loads(out)["spare"] == found.spare < 0
+        and found.times is None
+        and found.tokens_per_s is None
+    )
     console = Console(file=io.StringIO(), width=100)
     print_plan(found, console)
     assert "It does not fit into 15.48 GiB, by " in console.file.getvalue()
