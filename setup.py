@@ -54,6 +54,7 @@ setup(
         "gcs": ["gcsfs>=2026"],
         "datatrove": ["datatrove>=0.10"],
         "tpu": ["jax[tpu]>=0.10.2"],
+        "plan": ["jax[tpu]>=0.10.2"],  # the compiler; no TPU is needed
         "wandb": ["wandb>=0.20"],
         "gpu": ["jax[cuda13]>=0.10.2"],
         "dev": ["ruff>=0.17,<0.18", "pyright>=1.1.400", "pre-commit>=4"],

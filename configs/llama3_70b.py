@@ -32,6 +32,7 @@ config = dataclasses.replace(
     ),
     schedule=dataclasses.replace(small.schedule, peak=1.5e-4),  # as Llama 2 70B
     batch=1024,  # 8,388,608 tokens a step
+    slice="v5p-512",
     mesh=MeshShape(data=1, fsdp=-1, tensor=4),
     compute=Compute(rules=PRESETS["fsdp_tp_sp"]),
 )

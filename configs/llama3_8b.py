@@ -57,6 +57,7 @@ config = RunConfig(
     batch=512,  # 4,194,304 tokens a step
     accumulate=8,
     epochs=1,
+    slice="v5p-64",
     mesh=FULLY_SHARDED,
     compute=Compute(rules=PRESETS["fsdp"]),
     eval_every=1000,

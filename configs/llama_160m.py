@@ -47,6 +47,7 @@ config = RunConfig(
     batch=256,  # 524,288 tokens a step
     accumulate=4,
     epochs=1,
+    slice="v3-8",
     compute=Compute(rules=PRESETS["zero1"]),  # weights whole, one Adam among all
     eval_every=500,
     save_every=500,

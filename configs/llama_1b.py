@@ -41,4 +41,5 @@ config = dataclasses.replace(
     schedule=dataclasses.replace(large.schedule, peak=4e-4),  # as TinyLlama's 1.1 B
     seq_len=4096,
     batch=256,  # 1,048,576 tokens a step
+    slice="v5e-16",
 )

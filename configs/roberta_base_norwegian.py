@@ -37,6 +37,7 @@ config = RunConfig(
     seq_len=128,
     batch=1024,  # 128 a core: 131,072 tokens a step
     epochs=18,
+    slice="v3-8",
     # Weights and optimizer are float32, as the original's. Logits of 16 positions take
     # 0.4 GB a core; the original's, of all 128, took 3.3 GB.
     compute=Compute(dtype="bfloat16", loss_chunk=16),

@@ -2,8 +2,9 @@
 """The command line: `lm-scale COMMAND ...`, the same as `python -m lm_scale`.
 
 Exit status: 0 done; 75 training was stopped by a signal (saved, if there were new
-steps) or hung: run the same command to go on; 2 wrong usage or input; 1 failed;
-130 another command, or one that did not train yet, was interrupted by Ctrl-C.
+steps) or hung: run the same command to go on; 2 wrong usage or input; 3 a plan does not
+fit; 1 failed; 130 another command, or one that did not train yet, was interrupted by
+Ctrl-C.
 Of several processes all have the same, but for one that is killed or crashes.
 """
 
@@ -44,6 +45,7 @@ usage: lm-scale COMMAND ...
   prepare CONFIG [--field value ...]    make the run's tokenizer and token stores
   prepare --verify CONFIG|STORE         read stores against their checksums
   prepare --inspect CONFIG|STORE        what token stores hold: counts, lengths, samples
+  plan CONFIG [--slice v3-8 ...]        its memory and speed on TPUs, without any
   data show CONFIG|RUN_DIR --step N     the batch that a step trains on, as text
   eval RUN_DIR                          loss on the held-out split
   generate RUN_DIR [--prompt ...]       continue a text, or fill in its masks
@@ -311,6 +313,16 @@ def data(argv: list[str]) -> int:
     return show_command(argv, Console())
 
 
+def plan(argv: list[str]) -> int:
+    import jax
+    from rich.console import Console
+
+    from lm_scale.planning.command import plan_command
+
+    jax.config.update("jax_platforms", "cpu")  # it compiles for others than are here
+    return plan_command(argv, Console())
+
+
 def launch(argv: list[str]) -> int:
     """Runs launch/ENGINE.py of the checkout, which is what a launch sends."""
     folder = Path(__file__).resolve().parents[1] / "launch"
@@ -470,7 +482,7 @@ def rules(argv: list[str]) -> int:
 
 
 # Those that are always a single process.
-ALONE = ("tokenizer", "config", "rules", "data", "checkpoint", "launch")
+ALONE = ("tokenizer", "config", "rules", "data", "checkpoint", "launch", "plan")
 COMMANDS = {
     "rules": rules,
     "train": train,
@@ -478,6 +490,7 @@ COMMANDS = {
     "config": config_,
     "prepare": prepare,
     "data": data,
+    "plan": plan,
     "eval": eval_,
     "generate": generate_,
     "export": export,

@@ -29,7 +29,7 @@ from lm_scale.sharding import declarations
 # What may change when a run goes on: nothing that alters the result beyond rounding.
 # (The tokens in `data.store` are compared by their fingerprint.)
 FREE = (
-    "run_dir", "mesh", "simulated_devices", "compute.remat", "compute.offload",
+    "run_dir", "mesh", "slice", "simulated_devices", "compute.remat", "compute.offload",
     "compute.unroll", "compute.loss_chunk", "compute.rules", "compute.attention",
     "log_every", "log_first", "report_to", "eval_every", "eval_batch", "eval_at_end",
     "save_every", "keep", "keep_every", "keep_best", "checkpoint_dir", "resume", "hub",
@@ -40,8 +40,8 @@ FREE = (
 
 # What of these says nothing about what the run does from here on.
 SILENT = (
-    "run_dir", "simulated_devices", "stop_at", "resume_from", "override", "resume",
-    "checkpoint_dir", "data.store", "data.cache_dir", "data.workers",
+    "run_dir", "slice", "simulated_devices", "stop_at", "resume_from", "override",
+    "resume", "checkpoint_dir", "data.store", "data.cache_dir", "data.workers",
 )  # fmt: skip
 
 # What an evaluation does not depend on, besides.

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run starts from: its mesh, its model, and the newest weights there are."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -10,6 +9,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from lm_scale import distributed
+from lm_scale.assemble import declare_model
 from lm_scale.checkpoint import NoneGood, restore_newest, restore_step
 from lm_scale.checkpoint_folder import CheckpointFolder
 from lm_scale.config import RunConfig
@@ -22,7 +22,7 @@ from lm_scale.errors import InputError
 from lm_scale.first_weights import check_init_from, read_weights
 from lm_scale.manifest import Manifest
 from lm_scale.metrics import check_reporters
-from lm_scale.models import Model, build_model
+from lm_scale.models import Model
 from lm_scale.run_json import (
     announce,
     check_changes,
@@ -32,7 +32,7 @@ from lm_scale.run_json import (
     settings,
     write_config,
 )
-from lm_scale.sharding import check_divides, make_mesh
+from lm_scale.sharding import make_mesh
 from lm_scale.step import TrainState, abstract_state, init_state, start_state
 
 
@@ -46,11 +46,7 @@ def set_up(config: RunConfig) -> tuple[Mesh, Model]:
     check_devices(settings(config))
     check_reporters(config.report_to)
     mesh = make_mesh(config.mesh)
-    config.check_mesh(mesh)
-    attention, _ = config.choose_attention(mesh)
-    compute = dataclasses.replace(config.compute, attention=attention)
-    model = build_model(config.model, compute)
-    check_divides(model, config.compute.rules, mesh)
+    model = declare_model(config, mesh)
     if config.init_from is not None:
         check_init_from(config)
     open_connections(mesh)

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from lm_scale import distributed, hf
+from lm_scale.assemble import flops_per_token, make_parts
 from lm_scale.checkpoint import Saver, restore_params
 from lm_scale.checkpoint_folder import CheckpointFolder, has_checkpoints
 from lm_scale.config import RunConfig
@@ -30,7 +31,6 @@ from lm_scale.loop import Loop
 from lm_scale.manifest import is_local
 from lm_scale.metrics import MetricsLogger
 from lm_scale.models import Model
-from lm_scale.optim import make_optimizer, make_schedule
 from lm_scale.report import describe, report
 from lm_scale.rollback import check_may_roll_back, left_out_batches, roll_back
 from lm_scale.run_json import (
@@ -46,14 +46,7 @@ from lm_scale.runs import OpenRun, held_out_loss
 from lm_scale.sharding import Params, abstract_params
 from lm_scale.signals import Signals, stop_on_signals
 from lm_scale.start import fingerprint, first_state, keep_config, set_up
-from lm_scale.step import (
-    TrainState,
-    abstract_state,
-    decay_mask,
-    make_eval_step,
-    make_train_step,
-    matrix_axes,
-)
+from lm_scale.step import TrainState, abstract_state, make_eval_step
 from lm_scale.watchdog import Watchdog
 
 
@@ -145,10 +138,8 @@ def run(
     """The state restored or made, the loop, the end."""
     # 1. Model and optimizer: the state is restored if there is one, else made.
     steps = config.total_steps(text.batches.examples)
-    schedule = make_schedule(config.schedule, steps)
-    optimizer = make_optimizer(
-        config.optimizer, schedule, decay_mask(model), matrix_axes(model)
-    )
+    parts = make_parts(config, model, steps)
+    optimizer = parts.optimizer
     describe(config, model, mesh, text.batches, steps, console)
     folder = CheckpointFolder(config.checkpoints)
     with Watchdog(None, config.wait_limit) as watchdog:
@@ -183,11 +174,7 @@ def run(
         if found is not None and distributed.from_first(own):
             saver.adopt(found.step)
         loop = Loop(
-            config, mesh, text.batches, text.held_out, steps,
-            make_train_step(
-                model, optimizer, schedule, seed=config.seed,
-                accumulate=config.accumulate, skip_bad=config.guard.policy != "off",
-            ),
+            config, mesh, text.batches, text.held_out, steps, parts.step,
             make_eval_step(model), saver, metrics, signals, watchdog, saved,
             left_out=left_out_batches(config, found),
         )  # fmt: skip
@@ -306,15 +293,12 @@ def metrics_of(
 ) -> MetricsLogger:
     """The logger of a run that goes from step `start` to step `steps`."""
     tokens_per_step = round(config.batch * batches.mean_length)
-    flops_per_token = config.model.train_flops_per_token(
-        config.seq_len, config.objective.head_share(config.seq_len)
-    )
     return MetricsLogger(
         Path(config.run_dir),
         start_step=start,
         total_steps=steps,
         tokens_per_step=tokens_per_step,
-        flops_per_step=tokens_per_step * flops_per_token,
+        flops_per_step=tokens_per_step * flops_per_token(config),
         devices=list(mesh.devices.flat),
         report_to=config.report_to,
         config=to_dict(config),

@@ -18,6 +18,7 @@ from lm_scale.errors import InputError
 from lm_scale.models import GPT2Config, Model, RobertaConfig, build_model
 from lm_scale.objectives import MaskedLM
 from lm_scale.optim import AdamW, Schedule, make_optimizer, make_schedule
+from lm_scale.planning.accelerators import find_slice
 from lm_scale.shapes import parameter_count
 from lm_scale.sharding import PRESETS, abstract_mesh, check_divides, sharding_table
 from lm_scale.step import abstract_state, decay_mask, make_train_step
@@ -84,6 +85,19 @@ def hardware_of(path: Path) -> tuple[Device, int]:
     device, count = slice_of(named[1])
     assert int(named[2]) == count, f"{path.name}: {named[0]}"
     return device, count
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_names_the_slice_of_its_docstring(path):
+    """For `lm-scale plan`, which is to count as many devices of it."""
+    config = load_config(str(path), [], prog="test")
+    device, count = hardware_of(path)
+    if device.platform == "cpu":
+        assert config.slice is None
+        return
+    assert config.slice is not None
+    chosen = find_slice(config.slice)
+    assert (chosen.generation.kind, chosen.devices) == (device.device_kind, count)
 
 
 # --- What the programs of a run are traced with ---------------------------------------

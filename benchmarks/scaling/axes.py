@@ -22,10 +22,9 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
-from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
+from jax.sharding import NamedSharding  # noqa: E402
 
 from benchmarks.scaling import auto  # noqa: E402
-from benchmarks.scaling.compiled import Program, Traffic, read  # noqa: E402
 from lm_scale.models import (  # noqa: E402
     Compute,
     GPT2Config,
@@ -39,8 +38,8 @@ from lm_scale.optim import (  # noqa: E402
     make_optimizer,
     make_schedule,
 )
+from lm_scale.planning.program import Program, read  # noqa: E402
 from lm_scale.sharding import (  # noqa: E402
-    MeshShape,
     flatten,
     make_mesh,
     parse_mesh_shape,
@@ -162,48 +161,15 @@ def check() -> None:
               f" {float(others['loss']):.6f}", flush=True)  # fmt: skip
 
 
-def check_reader() -> None:
-    """What is read from a program for TPUs, against what can be counted by hand.
-
-    Five layers, each gathering its weight of 1024 x 1024 bf16 from 8 devices; then the
-    loss, one number, is summed.
-    """
-    layers, width, part = 5, 1024, PartitionSpec(None, "fsdp", None)
-    described = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
-    mesh = make_mesh(MeshShape(data=1, fsdp=8), described.devices)
-
-    def loss(weights, x):
-        def layer(x, weight):
-            return jnp.tanh(x @ jax.reshard(weight, PartitionSpec(None, None))), None
-
-        out, _ = jax.lax.scan(layer, x, weights)
-        return jnp.sum(out.astype(jnp.float32))
-
-    def array(shape, spec):
-        return jax.ShapeDtypeStruct(
-            shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec)
-        )
-
-    weights = array((layers, width, width), part)
-    x = array((64, width), PartitionSpec("fsdp", None))
-    with jax.set_mesh(mesh):
-        compiled = jax.jit(loss).lower(weights, x).compile()
-    found = read(compiled.as_text(), 8).traffic
-    size = layers * width * width * 2
-    assert found["all-gather"] == Traffic(layers, size, size * 7 / 8), found
-    assert found["all-reduce"] == Traffic(1, 4, 4 * 2 * 7 / 8), found
-    assert found.keys() == {"all-gather", "all-reduce"}, found
-    print("collectives are counted as by hand")
-
-
-def line(title: str, compiled, devices: int) -> tuple[str, Program]:
-    program, memory = read(compiled.as_text(), devices), compiled.memory_analysis()
+def line(title: str, compiled, mesh) -> tuple[str, Program]:
+    program = read(compiled.as_text(), dict(mesh.shape))
+    memory = compiled.memory_analysis()
     cells = [title, f"{program.cycles / 1e6:.1f}",
              f"{memory.peak_memory_in_bytes / 2**30:.2f}",
              f"{program.sent / 1e6:.0f}"]  # fmt: skip
     for kind in ("all-gather", "reduce-scatter", "all-reduce", "all-to-all",
                  "collective-permute"):  # fmt: skip
-        one = program.traffic[kind]
+        one = program.of_kind(kind)
         cells.append(f"{one.count}: {one.size / 1e6:.0f}" if one.count else "–")
     return "| " + " | ".join(cells) + " |", program
 
@@ -223,7 +189,6 @@ def main() -> None:
     options = parser.parse_args()
     if options.check:
         check()
-        check_reader()
     slice_of = topologies.get_topology_desc
     for name in options.models:
         devices = slice_of(platform="tpu", topology_name=options.topology).devices
@@ -242,10 +207,10 @@ def main() -> None:
                     name_of = label.replace(" | ", " ").replace(" ", "_")
                     path = options.texts / f"{name_of}_{options.topology}.txt"
                     path.write_text(compiled.as_text())
-                text, program = line(label, compiled, len(devices))
+                text, program = line(label, compiled, mesh)
                 print(text, flush=True)
                 if options.arrays:
-                    for key, count in sorted(program.arrays.items()):
+                    for *key, count in sorted(program.arrays):
                         print("   ", count, *key, flush=True)
 
 

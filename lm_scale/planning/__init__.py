@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`lm-scale plan`: what a run's step needs and takes on a slice that nobody has yet.
+
+accelerators.py (what the chips are) -> compile_step.py (the real step, compiled for
+them) -> program.py (what the compiled text says) -> plan.py (memory, time, hours) ->
+report.py (the page).
+"""

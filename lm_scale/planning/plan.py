@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""make_plan(config, slice): the compiled step in bytes, seconds, hours and money.
+
+    step = cycles / clock                      XLA's estimate of all but what follows
+         + attention's FLOPs / peak            where a hand-written kernel does them
+         + bytes sent while it waits / ICI     of collectives that hide behind nothing
+
+Beside it stand three bounds that no step can be faster than: the model's FLOPs at the
+peak, the bytes that the program moves at HBM's bandwidth, and those that a device sends
+at that of all its links.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lm_scale.assemble import flops_per_token
+from lm_scale.config import RunConfig
+from lm_scale.data.store import TokenStore
+from lm_scale.errors import InputError
+from lm_scale.planning.accelerators import Slice, find_slice
+from lm_scale.planning.compile_step import (
+    CompiledStep,
+    compile_step,
+    slice_mesh,
+)
+from lm_scale.run_json import from_dict, to_dict
+from lm_scale.shapes import parameter_count
+
+ACCURACY = (
+    "An estimate, never yet measured on a chip by us: of two published runs on a TPU "
+    "v3-8 it gave 12 to 26 % too few tokens/s, or more. Fit to rank plans that one "
+    "compiler made, and for ratios; no promise."
+)
+FORMULA = (
+    "3 x forward; forward = 2 x the weights of all matrices, output included, + the "
+    "two products of attention over the keys that a query sees (causal: half of them "
+    "on average); lookups, norms and recomputation count nothing"
+)
+
+
+@dataclass(frozen=True)
+class Chips:
+    """The slice that a plan is for; figures of one device, None where not published."""
+
+    slice: str
+    topology: str
+    kind: str
+    chips: int
+    devices: int
+    hbm: float  # bytes
+    usable_hbm: float  # bytes that the compiler gives programs
+    hbm_bandwidth: float | None  # bytes/s
+    ici_bandwidth: float | None  # bytes/s
+    peak: float  # FLOP/s, dense bf16
+    clock: float | None  # Hz
+    note: str = ""  # what one should know of how it is compiled for
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of a step. None: not known, for want of a published figure."""
+
+    step: float | None  # the estimate, of these three:
+    cycles: float | None
+    kernels: float  # at least: attention's FLOPs, forward and backward, at the peak
+    waiting: float  # for collectives that nothing hides
+    # The bounds.
+    compute: float
+    hbm: float | None
+    ici: float | None
+    binds: str  # the largest bound: compute, hbm or ici
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long the run is; None where its number of steps is not known."""
+
+    steps: int | None
+    why: str  # where that is from, or why it is not known
+    hours: float | None
+    chip_hours: float | None
+    cost: float | None  # at the given price of a chip-hour
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a config's step needs and takes on a slice."""
+
+    chips: Chips
+    mesh: tuple[tuple[str, int], ...]  # axes, sizes
+    attention: str  # the kernel, and why
+    weights: int  # of the model, in all
+    tokens: int  # of a step; padding counts as tokens
+    flops: float  # the model's, of a step
+    fits: bool
+    compiled: CompiledStep
+    times: Times | None  # None: there is no program
+    tokens_per_s: float | None  # of all devices together
+    mfu: float | None
+    length: Length
+    accuracy: str = ACCURACY
+    formula: str = FORMULA
+
+    @property
+    def spare(self) -> float | None:
+        """Bytes of a device that are left; None: not known.
+
+        Below 0: at least so many are missing (the compiler may count temporaries only).
+        """
+        memory, failure = self.compiled.memory, self.compiled.failure
+        if memory is not None:
+            return self.chips.usable_hbm - memory.peak - memory.code
+        if failure is None or failure.needed is None or failure.available is None:
+            return None
+        return failure.available - failure.needed
+
+
+def make_plan(
+    config: RunConfig,
+    slice_name: str | None = None,
+    *,
+    price: float | None = None,
+    cache: Path | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Plan:
+    """The plan of a config for a slice; None: that of `config.slice`.
+
+    price: of a chip-hour. cache, tell: see `compile_step`. Raises InputError for a
+    slice that is not known, a mesh or batch that cannot be cut for it, or if there is
+    no libtpu.
+    """
+    name = slice_name or config.slice
+    if name is None:
+        raise InputError(
+            "the config names no slice. Say what to plan for: --slice v3-8, or "
+            "`slice` in the config."
+        )
+    if price is not None and not 0 <= price < math.inf:
+        raise InputError(f"--price {price}: expected the price of a chip-hour.")
+    chosen = find_slice(name)
+    mesh = slice_mesh(config, chosen)
+    steps, why = count_steps(config)
+    compiled = compile_step(config, mesh, steps=steps, cache=cache, tell=tell)
+    _, attention = config.choose_attention(mesh)
+    tokens = config.batch * config.seq_len
+    flops = tokens * flops_per_token(config)
+    times = estimate(config, chosen, compiled, tokens, flops)
+    step = times.step if times else None
+    hours = None if steps is None or step is None else steps * step / 3600
+    chip_hours = None if hours is None else hours * chosen.chips
+    cost = None if chip_hours is None or price is None else chip_hours * price
+    return Plan(
+        chips=describe(chosen),
+        mesh=tuple(mesh.shape.items()),
+        attention=attention,
+        weights=parameter_count(config.model),
+        tokens=tokens,
+        flops=flops,
+        fits=compiled.failure is None,
+        compiled=compiled,
+        times=times,
+        tokens_per_s=tokens / step if step else None,
+        mfu=times.compute / step if times and step else None,
+        length=Length(steps, why, hours, chip_hours, cost),
+    )
+
+
+def describe(chosen: Slice) -> Chips:
+    """What is known of a slice and its devices."""
+    return Chips(
+        chosen.name, chosen.topology, chosen.generation.kind, chosen.chips,
+        chosen.devices, chosen.hbm, chosen.usable_hbm, chosen.hbm_bandwidth,
+        chosen.ici_bandwidth, chosen.generation.peak, chosen.generation.clock,
+        chosen.generation.note,
+    )  # fmt: skip
+
+
+def estimate(
+    config: RunConfig, chosen: Slice, compiled: CompiledStep, tokens: int, flops: float
+) -> Times | None:
+    """The seconds of a step by the program's text; None: there is none."""
+    program = compiled.program
+    if program is None:
+        return None
+    peak = chosen.devices * chosen.generation.peak
+    clock, links = chosen.generation.clock, chosen.ici_bandwidth
+    cycles = program.cycles / clock if clock else None
+    kernels = tokens * attention_flops(config) / peak if program.kernels else 0.0
+    waiting = program.waited / links if links else 0.0
+    bounds = {
+        "compute": flops / peak,
+        "hbm": _over(program.hbm_bytes, chosen.hbm_bandwidth),
+        "ici": _over(program.sent, links),
+    }
+    return Times(
+        step=None if cycles is None else cycles + kernels + waiting,
+        cycles=cycles, kernels=kernels, waiting=waiting,
+        compute=flops / peak, hbm=bounds["hbm"], ici=bounds["ici"],
+        binds=max(bounds, key=lambda name: bounds[name] or 0.0),
+    )  # fmt: skip
+
+
+def _over(size: float, bandwidth: float | None) -> float | None:
+    return None if bandwidth is None else size / bandwidth
+
+
+def attention_flops(config: RunConfig) -> float:
+    """Of a train step, for a token: what grows with the length of its sequence.
+
+    Of all keys that it sees but one: the formula that MFU uses, at this length and 1.
+    """
+    share = config.objective.head_share(config.seq_len)
+    of_length = config.model.train_flops_per_token
+    return of_length(config.seq_len, share) - of_length(1, share)
+
+
+def count_steps(config: RunConfig) -> tuple[int | None, str]:
+    """The run's steps, if they can be known, and where that is from."""
+    if config.steps is not None:
+        return config.steps, "steps of the config"
+    examples, why = count_examples(config)
+    return (None if examples is None else config.total_steps(examples)), why
+
+
+def count_examples(config: RunConfig) -> tuple[int | None, str]:
+    """Training examples: of the store, if it is there; else the most that are used."""
+    data, epochs = config.data, f"{config.epochs:g} epochs"
+    most = data.max_train_examples
+    part = Path(config.store_dir) / "train"
+    if (part / "manifest.json").exists() and data.examples in ("blocks", "documents"):
+        store = TokenStore.open(part)
+        count = store.num_documents
+        if data.examples == "blocks":
+            count = store.num_tokens // config.seq_len
+        return min(count, most or count), f"{epochs} of the tokens in {part}"
+    if most is not None:
+        return most, f"{epochs} of {most:,} examples, if the text has as many"
+    return None, (
+        f"{epochs}, and the number of examples is not known before the text is "
+        f"prepared; --steps N --epochs None plans for N steps"
+    )
+
+
+def to_json(plan: Plan) -> dict:
+    """A plan as JSON values, what follows from it (`spare`) included."""
+    return to_dict(plan) | {"spare": plan.spare}
+
+
+def from_json(value: dict) -> Plan:
+    """The plan that `to_json` was given."""
+    return from_dict(Plan, value)
