@@ -92,9 +92,11 @@ def test_continuation_and_perplexity(files):
 
 
 # --- The reference: transformers reads the same file, by code of its own --------------
+# `exhaustive`: what they make is above, and does not change with our code.
 
 
 @pytest.mark.live
+@pytest.mark.exhaustive
 def test_the_tokenizer_is_the_one_that_transformers_makes(files):
     pytest.importorskip("torch")
     from transformers import AutoTokenizer
@@ -105,6 +107,7 @@ def test_the_tokenizer_is_the_one_that_transformers_makes(files):
 
 
 @pytest.mark.live
+@pytest.mark.exhaustive
 def test_what_transformers_makes_of_the_same_numbers(files):
     torch = pytest.importorskip("torch")
     model = their_model(files)
