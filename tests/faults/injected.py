@@ -46,11 +46,11 @@ def arm(kind: str, place: str, step: int) -> None:
         return
     from orbax.checkpoint import CompositeCheckpointHandler
 
-    import lm_scale.trainer as trainer
+    from lm_scale import assemble
     from lm_scale.checkpoint_folder import CheckpointFolder
 
     make_step, write, delete = (
-        trainer.make_train_step, manifest.write, CheckpointFolder.delete,
+        assemble.make_train_step, manifest.write, CheckpointFolder.delete,
     )  # fmt: skip
 
     def make_train_step(*given, **named):
@@ -103,7 +103,7 @@ def arm(kind: str, place: str, step: int) -> None:
 
     saves, real_save = [], CompositeCheckpointHandler.async_save
     CompositeCheckpointHandler.async_save = async_save
-    trainer.make_train_step = make_train_step
+    assemble.make_train_step = make_train_step
     manifest.write = write_manifest
     CheckpointFolder.delete = delete_half
 

@@ -25,7 +25,7 @@ from stores import read_documents, write_store
 from test_whole_runs import CHANGES, CONFIG, TESTS, tiny_run
 from tiny import WORDS, masked_run, write_corpus
 
-from lm_scale import hf, shapes, trainer
+from lm_scale import assemble, hf, shapes
 from lm_scale.__main__ import main
 from lm_scale.data import store as token_store
 from lm_scale.data import token_cache
@@ -109,7 +109,7 @@ def test_a_shard_that_vanishes_in_a_run(tmp_path, monkeypatch, capfd):
     for module, name in ((token_store, "CACHE_BYTES"), (token_cache, "BYTES")):
         monkeypatch.setattr(module, name, 0)  # as of a store above 256 MB
     part = tmp_path / "run/data/train/parts/00000-00000"
-    shard, make_step = part / "tokens/c/0", trainer.make_train_step
+    shard, make_step = part / "tokens/c/0", assemble.make_train_step
 
     def make_train_step(*given, **named):
         step = make_step(*given, **named)
@@ -125,7 +125,7 @@ def test_a_shard_that_vanishes_in_a_run(tmp_path, monkeypatch, capfd):
     changes = CHANGES | {"steps": 30}
     path.write_text(CONFIG.format(folder=str(tmp_path), changes=changes))
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "make_train_step", make_train_step)
+        patch.setattr(assemble, "make_train_step", make_train_step)
         assert main(["train", str(path)]) == 2
     shown = capfd.readouterr().err
     assert "data/train is damaged" in shown and "is missing" in shown

@@ -57,9 +57,9 @@ def spoil(monkeypatch, bad, spoilt) -> list[int]:
             numbers.append(batch_number(step, left_out))
             yield batch
 
-    import lm_scale.trainer as trainer
+    from lm_scale import assemble
 
-    make = trainer.make_train_step
+    make = assemble.make_train_step
 
     def make_train_step(*given, **named):
         real = make(*given, **named)
@@ -73,7 +73,7 @@ def spoil(monkeypatch, bad, spoilt) -> list[int]:
         return train_step
 
     monkeypatch.setattr(loop, "device_batches", device_batches)
-    monkeypatch.setattr(trainer, "make_train_step", make_train_step)
+    monkeypatch.setattr(assemble, "make_train_step", make_train_step)
     return numbers
 
 
