@@ -80,7 +80,13 @@ def test_every_preset_trains_as_one_device(family, layout):
     assert_same(found, matrix.train(family, matrix.ONE))
 
 
-@pytest.mark.parametrize("layout", ["data=2 fsdp=2 tensor=2", "context=8"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "data=2 fsdp=2 tensor=2",
+        pytest.param("context=8", marks=pytest.mark.exhaustive),
+    ],
+)
 @pytest.mark.parametrize("family", matrix.FAMILIES)
 def test_bfloat16_on_a_mesh(family, layout):
     expected = matrix.train(family, matrix.ONE, dtype="bfloat16")

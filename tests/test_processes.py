@@ -347,6 +347,7 @@ def test_an_exception_in_one_ends_all_with_its_traceback(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_save_that_fails_on_one_is_told_and_training_goes_on(alone, tmp_path):
     path, config = config_file(tmp_path)
     fault = [str(ROOT / "tests/faults/injected.py"), "raise@saving", "train", path]

@@ -94,7 +94,9 @@ def test_resume_on_another_mesh_agrees_to_rounding(tmp_path, straight):
     np.testing.assert_allclose(got, want, rtol=2e-4)
 
 
-@pytest.mark.parametrize("make", [causal_run, masked_run])
+@pytest.mark.parametrize(
+    "make", [causal_run, pytest.param(masked_run, marks=pytest.mark.exhaustive)]
+)
 def test_a_run_whose_sequences_are_cut(make, tmp_path, capsys):
     """By ring attention, trained and evaluated, as with whole sequences."""
     model = make(tmp_path).model

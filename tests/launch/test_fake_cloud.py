@@ -384,6 +384,7 @@ def test_gcloud_that_starts_anew_is_the_same(tmp_path):
 
 @with_gcloud
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_gcloud_as_slow_as_it_is(tmp_path):
     """Ten times ssh, 5 s apart; five requests in half a minute."""
     with FakeCloud(tmp_path, hurry=1) as cloud:
