@@ -51,6 +51,18 @@ def test_any_part_of_the_order_is_that_of_the_whole():
     assert shuffled(np.empty(0, np.int64), 1000, (5, 2)).size == 0
 
 
+@pytest.mark.parametrize("size", [100, 10_000, 3 * 2**40 + 1])
+def test_many_places_of_a_block_are_what_they_are_one_by_one(size):
+    """Within a block, at its edges, in the last and shorter one, and in several."""
+    rng = np.random.default_rng(size)
+    last = min(size, 10_000)
+    for first in (0, size - last):
+        places = first + rng.integers(0, last, 200)
+        found = shuffled(places.reshape(2, 100), size, (3, 1))
+        alone = [shuffled(np.array([place]), size, (3, 1))[0] for place in places]
+        np.testing.assert_array_equal(found.ravel(), alone)
+
+
 def test_sizes_and_seeds_beyond_32_bits():
     size = 3 * 2**40 + 1
     places = np.array([0, 1, size // 2, size - 1])
