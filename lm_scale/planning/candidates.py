@@ -94,7 +94,7 @@ def own_choice(config: RunConfig, devices: Sequence[Any]) -> Candidate:
     sizes = make_mesh(config.mesh, devices).shape
     names = [n for n, rules in PRESETS.items() if rules == config.compute.rules]
     name = names[0] if names else OWN
-    mesh = MeshShape(**sizes)
+    mesh = dataclasses.replace(config.mesh, **sizes)
     return Candidate(mesh, name, config.compute.remat, config.accumulate)
 
 
@@ -127,7 +127,8 @@ def find_layouts(
         busy = rules.batch + rules.seq + rules.act_heads + rules.act_mlp
         axes = [axis for axis in MESH_AXES if axis in busy]
         for sizes in sorted(factors(len(devices), len(axes)), key=_axes_in_use):
-            mesh = MeshShape(**_ONE | dict(zip(axes, sizes, strict=True)))
+            cut = _ONE | dict(zip(axes, sizes, strict=True))
+            mesh = dataclasses.replace(config.mesh, **cut)
             layout = layout_of(rules, mesh)
             if layout not in seen and can_be_cut(config, name, mesh, devices):
                 seen.add(layout)

@@ -62,8 +62,8 @@ def test_what_a_step_is_given_is_exact(estimate, rules, mesh):
     assert found.least == found.given + LOW * (found.peak - found.given)
 
 
-# Numbers that a layer keeps of a token: its input; what the policy adds to it. (What the
-# mlp makes is a part of the next layer's input, and not kept besides.)
+# Numbers that a layer keeps of a token: its input; what the policy adds to it. What the
+# mlp makes is a part of the next layer's input, and not kept besides.
 ATTENDED = HEADS * HEAD_DIM
 KEPT = {
     "full": WIDTH,
