@@ -184,7 +184,8 @@ def test_the_global_batch_is_kept(config):
          ["--mesh.data=1", "--mesh.fsdp=-1", "--rules=fsdp"]),
         (Candidate(MeshShape(data=4), "dp", "none", 4),
          ["--compute.remat=dots", "--compute.offload"]),
-        (Candidate(MeshShape(data=4), "dp", "attention", 4), ["--compute.offload"]),
+        (Candidate(MeshShape(data=4), "dp", "attention", 4),
+         ["--compute.remat=dots", "--compute.offload"]),
     ],
 )  # fmt: skip
 def test_a_choice_is_what_its_overrides_make(folder, choice, words):
