@@ -50,11 +50,13 @@ setup(
             "kubernetes-validate>=1.37",
             "hypothesis>=6.100",
             "datatrove>=0.10",
+            "matplotlib>=3.8",
         ],
         "gcs": ["gcsfs>=2026"],
         "datatrove": ["datatrove>=0.10"],
         "tpu": ["jax[tpu]>=0.10.2"],
-        "plan": ["jax[tpu]>=0.10.2"],  # the compiler; no TPU is needed
+        # The compiler, and what draws a search's picture; no TPU is needed.
+        "plan": ["jax[tpu]>=0.10.2", "matplotlib>=3.8"],
         "wandb": ["wandb>=0.20"],
         "gpu": ["jax[cuda13]>=0.10.2"],
         "dev": ["ruff>=0.17,<0.18", "pyright>=1.1.400", "pre-commit>=4"],

@@ -3,5 +3,6 @@
 
 accelerators.py (what the chips are) -> compile_step.py (the real step, compiled for
 them) -> program.py (what the compiled text says) -> plan.py (memory, time, hours) ->
-report.py (the page).
+report.py (the page). For a search: candidates.py -> memory_model.py -> time_model.py
+-> workers.py, which make plans side by side -> search.py (the ranking).
 """

@@ -15,6 +15,7 @@ from lm_scale.planning.kept import cache_folder
 from lm_scale.planning.libtpu import check_compiler
 from lm_scale.planning.plan import make_plan, to_json
 from lm_scale.planning.report import print_plan
+from lm_scale.planning.search_command import search_command
 from lm_scale.run_json import read_run
 from lm_scale.sharding import parse_mesh_shape
 
@@ -22,6 +23,7 @@ DOES_NOT_FIT = 3
 HELP = """\
 usage: lm-scale plan CONFIG [--slice NAME] [--json] [--price X] [--field value ...]
        lm-scale plan --compare RUN_DIR [--slice NAME] [--json]
+       lm-scale plan CONFIG --search [--help]
 
 Compiles the train step of a config file for TPUs, of which there need be none, and
 says whether it fits, how long a step and the run take, and what it spends the time on.
@@ -31,6 +33,7 @@ says whether it fits, how long a step and the run take, and what it spends the t
   --json        the same as JSON
   --price X     of a chip-hour, in any currency: adds what the run costs
   --compare RUN_DIR   the plan of a run's own config, beside what the run measured
+  --search      which mesh, rules, remat and accumulation are the fastest that fit
   --fresh       compile even if the same has been compiled before
 
 Other options are those of `lm-scale train CONFIG --help`. Exit status: 0 it fits, 3 it
@@ -90,6 +93,8 @@ def number(text: str) -> float:
 
 def plan_command(argv: list[str], console: Console) -> int:
     """`plan CONFIG ...`: prints the plan; returns the exit status."""
+    if "--search" in argv:
+        return search_command(argv, console)
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP, end="")
         if not argv:
