@@ -28,13 +28,15 @@ def error(predicted: float, known: tuple[float, float]) -> str:
     return " to ".join(f"{each:+d} %" for each in errors)
 
 
-def line(run: Published, row: Row) -> list[str]:
-    """A run's cells."""
+def line(run: Published, row: Row | None) -> list[str]:
+    """A run's cells; row: None if it has not been planned."""
     low, high = run.speed
     known = f"{low / 1e3:,.0f} k"
     if high > low:
         known = f"{low / 1e3:,.0f}–{high / 1e3:,.0f} k"
     cells = [f"{run.who}: {run.model}", run.slice, run.given, known]
+    if row is None:
+        return [*cells, "not compiled yet", "", "", "", ""]
     if row.tokens_per_s is None or row.mfu is None or row.peak is None:
         over = "" if row.missing is None else f" by {row.missing / GIB:.1f} GiB or more"
         return [*cells, f"does not fit{over}", "", "", f"of {row.usable / GIB:.2f}", ""]
@@ -50,18 +52,16 @@ def line(run: Published, row: Row) -> list[str]:
 
 def text(rows: dict[str, Row]) -> str:
     """The table, and where each figure is from."""
-    known = [run for run in published() if run.name in rows]
-    lines = [line(run, rows[run.name]) for run in known]
+    runs = published()
+    lines = [line(run, rows.get(run.name)) for run in runs]
     notes = [
         f"- {run.who}, {run.model}, {run.slice}: {run.source}. Not published, or "
         f"not the same here: {run.assumed}."
-        for run in known
+        for run in runs
     ]
-    made_by = sorted({rows[run.name].made_by for run in known})
-    return "\n".join(
-        [markdown.table(HEADER, lines), "", f"Compiled by {'; '.join(made_by)}.", "",
-         *notes]
-    )  # fmt: skip
+    made_by = sorted({row.made_by for row in rows.values()})
+    compiled = f"Compiled by {'; '.join(made_by)}." if rows else "None compiled yet."
+    return "\n".join([markdown.table(HEADER, lines), "", compiled, "", *notes])
 
 
 def main() -> None:
