@@ -119,7 +119,8 @@ def published() -> list[Published]:
         ("roberta-base, 128 x 128 a core", "roberta_base_norwegian",
          "18 epochs in 15 h 32 min", (310e3, 360e3), words),
         ("GPT-2 124M, 64 x 512 a core", "gpt2_norwegian",
-         "20 epochs in less than about 21 h", (250e3, 290e3), f"{words}; a lower limit"),
+         "20 epochs in less than about 21 h", (250e3, 290e3),
+         f"{words}; a lower limit"),
     )  # fmt: skip
     trillium = "tpu-recipes of AI-Hypercomputer, training/trillium/Llama3.1-8B-MaxText"
     tiers = "docs/reference/models/tiering.md of MaxText"
