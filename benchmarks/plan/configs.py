@@ -10,6 +10,7 @@ what it has in configs.json; about two minutes of CPU a row that has to be compi
 
 import argparse
 import dataclasses
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,14 +63,15 @@ VARIANTS = (
 )
 
 
-def entries() -> list[Entry]:
+@functools.cache
+def entries() -> tuple[Entry, ...]:
     """Every config that names a slice, in the order of the names, and the variants."""
     found = []
     for path in sorted(CONFIGS.glob("*.py")):
         if load_config(str(path), [], prog="benchmarks.plan.configs").slice:
             found.append(Entry(path.stem))
             found += [each for each in VARIANTS if each.config == path.stem]
-    return found
+    return tuple(found)
 
 
 def settings(entry: Entry) -> list[str]:
