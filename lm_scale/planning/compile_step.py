@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from lm_scale.assemble import declare_model, make_parts
 from lm_scale.config import RunConfig
-from lm_scale.errors import one_line
+from lm_scale.errors import InputError, one_line
 from lm_scale.objectives import NoiseKeys, Vocabulary
 from lm_scale.planning import kept
 from lm_scale.planning.accelerators import GIB, Slice
@@ -84,7 +84,16 @@ class CompiledStep:
 
 def slice_mesh(config: RunConfig, chosen: Slice) -> Mesh:
     """The config's mesh over the devices of a slice; InputError if it does not fit."""
-    return make_mesh(config.mesh, topology_devices(chosen))
+    devices = topology_devices(chosen)
+    try:
+        return make_mesh(config.mesh, devices)
+    except (NotImplementedError, AssertionError) as error:
+        # jax lays meshes along the links of v4 and v5p: not every shape goes, and on v4
+        # none for its single cores, which is what libtpu compiles for without a chip.
+        raise InputError(
+            f"jax cannot lay the mesh {config.mesh} on {chosen.topology}: "
+            f"{one_line(error)}. Choose another mesh, or another slice."
+        ) from error
 
 
 def abstract_batch(config: RunConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
