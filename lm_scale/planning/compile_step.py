@@ -92,7 +92,7 @@ def slice_mesh(config: RunConfig, chosen: Slice) -> Mesh:
         # none for its single cores, which is what libtpu compiles for without a chip.
         raise InputError(
             f"jax cannot lay the mesh {config.mesh} on {chosen.topology}: "
-            f"{one_line(error)}. Choose another mesh, or another slice."
+            f"{one_line(error).rstrip('.')}. Choose another mesh, or another slice."
         ) from error
 
 
