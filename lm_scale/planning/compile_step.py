@@ -158,6 +158,7 @@ def compile_step(
     except (RuntimeError, ValueError, NotImplementedError) as error:
         failure = explain_failure(error)
     else:
+        assert text is not None  # a program of libtpu has one
         program = read(text, dict(mesh.shape))
         memory = memory_of(compiled.memory_analysis(), arguments)
     result = CompiledStep(
