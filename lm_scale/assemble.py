@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a config makes a step of: model, optimizer, schedule; needs no text, no device.
+"""What a config makes a step of: model and optimizer; needs no text, no device.
 
 `train` and `plan` both take it from here, so that what is planned is what will run.
 """
@@ -27,10 +27,9 @@ from lm_scale.step import (
 
 @dataclass(frozen=True)
 class Parts:
-    """What changes a state: the train step, and what it was made of."""
+    """What changes a state."""
 
     optimizer: optax.GradientTransformation
-    schedule: optax.Schedule
     step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
@@ -48,7 +47,7 @@ def declare_model(config: RunConfig, mesh: Mesh) -> Model:
 
 
 def make_parts(config: RunConfig, model: Model, steps: int) -> Parts:
-    """Optimizer, schedule and train step of a run of so many steps."""
+    """Optimizer and train step of a run of so many steps."""
     schedule = make_schedule(config.schedule, steps)
     optimizer = make_optimizer(
         config.optimizer, schedule, decay_mask(model), matrix_axes(model)
@@ -57,7 +56,7 @@ def make_parts(config: RunConfig, model: Model, steps: int) -> Parts:
         model, optimizer, schedule, seed=config.seed,
         accumulate=config.accumulate, skip_bad=config.guard.policy != "off",
     )  # fmt: skip
-    return Parts(optimizer, schedule, step)
+    return Parts(optimizer, step)
 
 
 def flops_per_token(config: RunConfig) -> float:

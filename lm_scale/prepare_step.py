@@ -53,8 +53,7 @@ class Prepare(PipelineStep):
                 "`data.corpus`."
             )
         with self.track_time("task"):
-            share = Rank(rank, world_size, "datatrove")
-            prepare_share(_with_workers(self.config), Console(), share)
+            prepare_share(_with_workers(self.config), Console(), Rank(rank, world_size))
 
 
 def _with_workers(config: RunConfig) -> RunConfig:

@@ -35,7 +35,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental.mesh_utils import create_hybrid_device_mesh
+from jax.experimental.mesh_utils import (
+    create_device_mesh,
+    create_hybrid_device_mesh,
+)
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lm_scale.errors import InputError
@@ -212,7 +215,8 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     sizes = dataclasses.astuple(shape)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        return jax.make_mesh(sizes, MESH_AXES, axis_types=_EXPLICIT, devices=devices)
+        arranged = _neighbours(devices, sizes)
+        return Mesh(arranged, MESH_AXES, axis_types=_EXPLICIT)
     if devices[0].platform != "tpu":  # nodes of GPUs: in their order, `data` outermost
         return Mesh(np.reshape(devices, sizes), MESH_AXES, axis_types=_EXPLICIT)
     if shape.data % slices:
@@ -228,6 +232,18 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
         allow_split_physical_axes=True,
     )  # fmt: skip
     return Mesh(arranged, MESH_AXES, axis_types=_EXPLICIT)
+
+
+def _neighbours(devices: Sequence[Any], sizes: tuple[int, ...]) -> np.ndarray:
+    """The devices of a slice in this shape, along its links as well as it goes."""
+    if devices[0].device_kind == "TPU v4" and devices[0].num_cores == 1:
+        # Single cores of v4, which libtpu has where there is no chip, and jax lays on
+        # no mesh: in their order.
+        return np.reshape(devices, sizes)
+    try:
+        return jax.make_mesh(sizes, MESH_AXES, _EXPLICIT, devices=devices).devices
+    except NotImplementedError:  # no whole axes of a torus make up one of the mesh
+        return create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
 def abstract_mesh(shape: MeshShape, devices: int) -> AbstractMesh:

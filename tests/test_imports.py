@@ -15,7 +15,7 @@ PACKAGE = Path(lm_scale.__file__).parent
 # A module imports modules of the lines above its own only. `models.*` and `data.*`
 # stand for what is not named itself. `lm_scale` is the package: version, no code.
 ORDER = (
-    ("lm_scale", "console", "errors", "hashing", "peaks", "data.ahead"),
+    ("lm_scale", "console", "cpus", "errors", "hashing", "peaks", "data.ahead"),
     ("wandb_run", "cluster", "changes", "manifest"),
     ("sharding", "objectives", "optim", "metrics", "distributed", "data", "lock"),
     ("checkpoint_folder", "replicas"),
@@ -144,7 +144,7 @@ KNOW_NO_MODEL = [
 def test_data_objectives_optimizers_and_metrics_know_no_model(module):
     allowed = (
         "errors", "sharding", "objectives", "optim", "metrics", "hub", "peaks",
-        "wandb_run", "lm_scale", "console",
+        "wandb_run", "lm_scale", "console", "cpus",
         "lock", "manifest", "hashing",  # who prepares a store holds its lock
     )  # fmt: skip
     known = {name for name in reachable(module) if not name.startswith("data")}

@@ -13,15 +13,16 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
+from lm_scale.assemble import make_parts
 from lm_scale.config import RunConfig, load_config
 from lm_scale.errors import InputError
 from lm_scale.models import GPT2Config, Model, RobertaConfig, build_model
 from lm_scale.objectives import MaskedLM
-from lm_scale.optim import AdamW, Schedule, make_optimizer, make_schedule
+from lm_scale.optim import AdamW, Schedule
 from lm_scale.planning.accelerators import find_slice
 from lm_scale.shapes import parameter_count
 from lm_scale.sharding import PRESETS, abstract_mesh, check_divides, sharding_table
-from lm_scale.step import abstract_state, decay_mask, make_train_step
+from lm_scale.step import abstract_state
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 SLICE = re.compile(r"^Hardware  TPU (v\w+-\d+) \((\d+) (?:cores|chips)\)", re.MULTILINE)
@@ -117,11 +118,6 @@ def load(path: Path, *overrides: str) -> tuple[RunConfig, AbstractMesh, Model]:
     return config, mesh, model
 
 
-def optimizer_of(config: RunConfig, model: Model):
-    schedule = make_schedule(config.schedule, 10_000)
-    return make_optimizer(config.optimizer, schedule, decay_mask(model)), schedule
-
-
 def types(tree):
     return jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding.spec), tree)
 
@@ -140,17 +136,14 @@ def test_the_step_of_a_config_type_checks(path):
     Weights and optimizer come out as they went in: else step 2 is another program.
     """
     config, mesh, model = load(path)
-    optimizer, schedule = optimizer_of(config, model)
-    step = make_train_step(
-        model, optimizer, schedule, seed=0, accumulate=config.accumulate
-    )
-    state = abstract_state(model, optimizer, mesh)
+    parts = make_parts(config, model, 10_000)
+    state = abstract_state(model, parts.optimizer, mesh)
     sharding = NamedSharding(mesh, config.compute.rules.spec("batch", "seq"))
     shape = (config.batch, config.seq_len)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
     with jax.sharding.use_abstract_mesh(mesh):
         after, metrics = jax.eval_shape(
-            step, state, {"tokens": tokens, "labels": tokens}
+            parts.step, state, {"tokens": tokens, "labels": tokens}
         )
     assert metrics["loss"].shape == ()
     assert types(after.params) == types(state.params)
@@ -183,7 +176,7 @@ def test_a_mesh_that_a_config_cannot_have_is_refused(name, overrides, said):
 
 def bytes_held(config: RunConfig, mesh: AbstractMesh, model: Model) -> int:
     """Of a device, between two steps: weights and the optimizer's state."""
-    optimizer, _ = optimizer_of(config, model)
+    optimizer = make_parts(config, model, 10_000).optimizer
     state = abstract_state(model, optimizer, mesh).opt_state
     shards = [
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize

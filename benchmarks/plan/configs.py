@@ -8,16 +8,15 @@ A config stands with the slice that it names, and some with another one besides.
 what it has in configs.json; about two minutes of CPU a row that has to be compiled.
 """
 
-import argparse
 import dataclasses
 import functools
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.plan import markdown
-from benchmarks.plan.rows import GIB, Row, load, make_rows
+from benchmarks.plan.rows import Row, load, make_rows_asked_for
 from lm_scale.config import RunConfig, load_config
-from lm_scale.planning.accelerators import find_slice
+from lm_scale.planning.accelerators import GIB, find_slice
 from lm_scale.planning.plan import ACCURACY
 from lm_scale.shapes import parameter_count
 from lm_scale.sharding import PRESETS, resolve_mesh_shape
@@ -116,14 +115,7 @@ def text(rows: dict[str, Row]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", nargs="?", default="", help="of the names of rows")
-    parser.add_argument("--fresh", action="store_true", help="make rows anew")
-    options = parser.parse_args()
-    wanted = {
-        each.name: each.ask for each in entries() if options.part in each.name
-    }  # fmt: skip
-    make_rows(KEPT, wanted, fresh=options.fresh)
+    make_rows_asked_for(KEPT, {each.name: each.ask for each in entries()}, __doc__)
     markdown.put(README, "plans", text(load(KEPT)))
 
 

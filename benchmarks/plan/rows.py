@@ -5,6 +5,7 @@ A row that is there is not made again, so a long table can be stopped and gone o
 and what was compiled once is in the planner's own cache besides.
 """
 
+import argparse
 import dataclasses
 import json
 import time
@@ -15,10 +16,11 @@ from pathlib import Path
 import jax
 
 from lm_scale.config import RunConfig
+from lm_scale.planning.accelerators import GIB
 from lm_scale.planning.kept import cache_folder
 from lm_scale.planning.plan import Plan, make_plan
 
-GIB = 2**30
+Asked = Mapping[str, Callable[[], tuple[RunConfig, str]]]  # config and slice, by name
 
 
 @dataclass(frozen=True)
@@ -87,12 +89,17 @@ def load(path: Path) -> dict[str, Row]:
     return {name: Row(**row) for name, row in json.loads(path.read_text()).items()}
 
 
-def make_rows(
-    path: Path,
-    wanted: Mapping[str, Callable[[], tuple[RunConfig, str]]],
-    *,
-    fresh: bool,
-) -> None:
+def make_rows_asked_for(path: Path, every: Asked, about: str | None) -> None:
+    """`make_rows`, of those that the command line names. about: for its help."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("part", nargs="?", default="", help="of the names of rows")
+    parser.add_argument("--fresh", action="store_true", help="make rows anew")
+    options = parser.parse_args()
+    wanted = {name: ask for name, ask in every.items() if options.part in name}
+    make_rows(path, wanted, fresh=options.fresh)
+
+
+def make_rows(path: Path, wanted: Asked, *, fresh: bool) -> None:
     """Makes the rows that the file lacks, and keeps each as soon as it is there.
 
     fresh: makes those anew that are there too; what the planner's cache has is taken

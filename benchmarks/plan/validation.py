@@ -7,12 +7,12 @@
 Keeps rows in validation.json and writes the table in README.md. Minutes of CPU a row.
 """
 
-import argparse
 from pathlib import Path
 
 from benchmarks.plan import markdown
 from benchmarks.plan.published import Published, published
-from benchmarks.plan.rows import GIB, Row, load, make_rows
+from benchmarks.plan.rows import Row, load, make_rows_asked_for
+from lm_scale.planning.accelerators import GIB
 
 HERE = Path(__file__).parent
 KEPT, README = HERE / "validation.json", HERE / "README.md"
@@ -65,15 +65,8 @@ def text(rows: dict[str, Row]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", nargs="?", default="", help="of the names of rows")
-    parser.add_argument("--fresh", action="store_true", help="make rows anew")
-    options = parser.parse_args()
-    wanted = {
-        run.name: lambda run=run: (run.config, run.slice)
-        for run in published() if options.part in run.name
-    }  # fmt: skip
-    make_rows(KEPT, wanted, fresh=options.fresh)
+    runs = {run.name: lambda run=run: (run.config, run.slice) for run in published()}
+    make_rows_asked_for(KEPT, runs, __doc__)
     markdown.put(README, "validation", text(load(KEPT)))
 
 

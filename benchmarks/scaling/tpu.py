@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.plan import markdown
-from benchmarks.plan.rows import GIB, Row, load, make_rows
+from benchmarks.plan.rows import Row, load, make_rows
 from benchmarks.scaling import tpu_theory
 from benchmarks.scaling.tpu_theory import CHUNK, Layout
 from lm_scale.config import RunConfig, load_config
 from lm_scale.models import Compute, LlamaConfig
+from lm_scale.planning.accelerators import GIB
 from lm_scale.sharding import PRESETS, MeshShape
 
 HERE = Path(__file__).parent

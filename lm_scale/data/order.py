@@ -35,7 +35,7 @@ def shuffled(places: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
     return known[within].reshape(np.shape(places))
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)  # of some sources of a mixture, of a few epochs
 def _block(block: int, size: int, key: tuple[int, ...]) -> np.ndarray:
     start = block * BLOCK
     return _reckoned(np.arange(start, min(start + BLOCK, size)), size, key)

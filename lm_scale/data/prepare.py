@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from lm_scale.console import say
+from lm_scale.cpus import cpus
 from lm_scale.data.corpus import CorpusConfig, Part, open_text
 from lm_scale.data.encoding import Encoders, Spec
 from lm_scale.data.places import remove
@@ -85,18 +86,11 @@ def prepare(
     manifests: dict[Part, Manifest] = {}
     jobs: dict[Part, Job] = {}
     for part, most in parts.items():
-        path, made_of = (
-            _path(out, part),
-            facts | {"source": _source(corpus, part, most)},
-        )
-        there = read_manifest(path)
-        if there is not None:
-            _check_same(path, there, made_of)
+        path = _path(out, part)
+        made_of = facts | {"source": _source(corpus, part, most)}
+        if (there := _kept(path, made_of, part, console)) is not None:
             manifests[part] = there
-            remove(f"{path}/work")  # if who completed it was killed right then
-            say(console, f"{part}: kept {path}: {_summary(there)}")
             continue
-        _check_free(path)
         text = open_text(
             corpus, part, cache_dir=cache_dir, workers=workers, whole=most != Most()
         )
@@ -104,29 +98,44 @@ def prepare(
         if not any(finished(jobs[part])):
             _check_nonempty(jobs[part], part)
 
-    with Encoders[Label](spec, workers or _cpus()) as encoders:
+    with Encoders[Label](spec, workers or cpus()) as encoders:
         for part, job in jobs.items():
-            start = time.perf_counter()
-            made, missing = make(job, encoders, rank, part, console)
-            seconds = time.perf_counter() - start
-            if made is None:
-                say(
-                    console,
-                    f"{part}: rank {rank.index} of {rank.world} is done, {seconds:.1f} "
-                    f"s; {missing} of {len(job.text.units)} units are still missing: "
-                    "whoever makes the last one completes the store.",
-                )
-            else:
+            if (made := _made(job, encoders, rank, part, console)) is not None:
                 manifests[part] = made
-                say(console, f"{part}: {_summary(made)}, {seconds:.1f} s")
     return manifests
 
 
-def _cpus() -> int:
-    """Those that this process may use; macOS does not tell."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def _kept(
+    path: str, made_of: dict[str, Any], part: Part, console: Console
+) -> Manifest | None:
+    """The store that is there already; None: there is none, and nothing in its way."""
+    there = read_manifest(path)
+    if there is None:
+        _check_free(path)
+        return None
+    _check_same(path, there, made_of)
+    remove(f"{path}/work")  # if who completed it was killed right then
+    say(console, f"{part}: kept {path}: {_summary(there)}")
+    return there
+
+
+def _made(
+    job: Job, encoders: Encoders[Label], rank: Rank, part: Part, console: Console
+) -> Manifest | None:
+    """A rank's share is made; None: others have yet to make theirs."""
+    start = time.perf_counter()
+    made, missing = make(job, encoders, rank, part, console)
+    seconds = time.perf_counter() - start
+    if made is None:
+        say(
+            console,
+            f"{part}: rank {rank.index} of {rank.world} is done, {seconds:.1f} s; "
+            f"{missing} of {len(job.text.units)} units are still missing: whoever "
+            "makes the last one completes the store.",
+        )
+    else:
+        say(console, f"{part}: {_summary(made)}, {seconds:.1f} s")
+    return made
 
 
 def _source(corpus: CorpusConfig, part: Part, most: Most) -> dict[str, Any]:

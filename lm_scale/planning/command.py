@@ -1,29 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """`lm-scale plan`: its options, what it prints, its exit status."""
 
+import argparse
 import dataclasses
 import json
-from dataclasses import dataclass
 
 from rich.console import Console
 
 from lm_scale.config import RunConfig, load_config
 from lm_scale.console import say
 from lm_scale.errors import InputError
+from lm_scale.planning.candidates import REMATS
 from lm_scale.planning.compare import compare, measured, print_comparison
 from lm_scale.planning.kept import cache_folder
 from lm_scale.planning.libtpu import check_compiler
 from lm_scale.planning.plan import make_plan, to_json
 from lm_scale.planning.report import print_plan
+from lm_scale.planning.search import BUDGET
 from lm_scale.planning.search_command import search_command
 from lm_scale.run_json import read_run
-from lm_scale.sharding import parse_mesh_shape
+from lm_scale.sharding import PRESETS, parse_mesh_shape
 
 DOES_NOT_FIT = 3
-HELP = """\
+HELP = f"""\
 usage: lm-scale plan CONFIG [--slice NAME] [--json] [--price X] [--field value ...]
        lm-scale plan --compare RUN_DIR [--slice NAME] [--json]
-       lm-scale plan CONFIG --search [--help]
+       lm-scale plan CONFIG --search [--slice NAME] [--budget N] [--jobs N]
+                     [--among WHAT=A,B] [--out FILE] [--plot FILE] [--json]
 
 Compiles the train step of a config file for TPUs, of which there need be none, and
 says whether it fits, how long a step and the run take, and what it spends the time on.
@@ -33,46 +36,95 @@ says whether it fits, how long a step and the run take, and what it spends the t
   --json        the same as JSON
   --price X     of a chip-hour, in any currency: adds what the run costs
   --compare RUN_DIR   the plan of a run's own config, beside what the run measured
-  --search      which mesh, rules, remat and accumulation are the fastest that fit
-  --fresh       compile even if the same has been compiled before
+  --fresh       compile even what has been compiled before; nothing is kept
 
-Other options are those of `lm-scale train CONFIG --help`. Exit status: 0 it fits, 3 it
-does not fit or cannot be compiled, 2 wrong usage or input.
+With --search it tries meshes, rules, remat policies and accumulation, with the config's
+batch, and ranks those that fit by their estimated tokens/s. Each is compiled, which
+takes minutes for large models; Ctrl-C, and the same command again goes on.
+
+  --budget N    compile so many, the most promising ones by a rough estimate of their
+                time, the config's own choice first ({BUDGET})
+  --jobs N      so many at a time (as many as there are CPUs); a large model's takes
+                some GB of memory
+  --among WHAT=A,B   only these, once for each of: rules ({", ".join(PRESETS)}),
+                remat ({", ".join(REMATS)}), accumulate (numbers)
+  --out FILE    write the best as overrides: lm-scale train CONFIG $(cat FILE)
+  --plot FILE   .png or .html: memory against time of a step; needs matplotlib
+
+Other options are those of `lm-scale train CONFIG --help`. Exit status: 0 it (or
+something) fits, 3 it does not fit or cannot be compiled, 2 wrong usage or input.
 """
+OF_A_SEARCH = ("budget", "jobs", "among", "out", "plot")
+OF_A_PLAN = ("mesh", "price", "compare")
 
 
-@dataclass
-class Options:
-    """What is asked for, besides the config's fields."""
+def plan_command(argv: list[str], console: Console) -> int:
+    """`argv`: what follows `plan`; returns the exit status. Raises InputError."""
+    if not argv or {"-h", "--help"} & set(argv):
+        print(HELP, end="")
+        if not argv:
+            raise InputError("expected a config file, e.g. configs/llama_1b.py.")
+        return 0
+    options, words = parse(argv)
+    config = config_of(options, words)
+    check_compiler()
+    if options.search:
+        fits = search_command(config, words, options, console)
+    else:
+        fits = plan_one(config, options, console)
+    return 0 if fits else DOES_NOT_FIT
 
-    slice: str | None = None
-    compare: str | None = None
-    price: float | None = None
-    json: bool = False
-    fresh: bool = False
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options, None where not given, and the words that are left.
+
+    Raises InputError for an option that has a wrong value, or no place here.
+    """
+    parser = argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False, exit_on_error=False
+    )
+    for name in ("slice", "mesh", "compare", "out", "plot"):
+        parser.add_argument(f"--{name}", metavar="VALUE")
+    for name in ("json", "fresh", "search"):
+        parser.add_argument(f"--{name}", action="store_true")
+    parser.add_argument("--price", type=float)
+    parser.add_argument("--budget", type=count)
+    parser.add_argument("--jobs", type=count)
+    parser.add_argument("--among", action="append")
+    try:
+        options, words = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise InputError(str(error)) from None
+    for name in OF_A_PLAN if options.search else OF_A_SEARCH:
+        if getattr(options, name) is not None:
+            where = "beside" if options.search else "without"
+            raise InputError(f"--{name} has no place {where} --search. Leave it out.")
+    return options, words
 
 
-def parse(argv: list[str]) -> tuple[Options, list[str]]:
-    """The options of a plan, and the overrides that are left; InputError if wrong."""
-    options, left = Options(), []
-    words = iter(argv)
-    for word in words:
-        flag, equals, value = word.partition("=")
-        if flag in ("--json", "--fresh"):
-            setattr(options, flag.removeprefix("--"), True)
-        elif flag in ("--slice", "--price", "--mesh", "--compare"):
-            value = value if equals else next(words, "")
-            if not value:
-                raise InputError(f"{flag} needs a value.")
-            if flag == "--mesh":
-                left += mesh_overrides(value)
-            elif flag == "--price":
-                options.price = number(value)
-            else:
-                setattr(options, flag.removeprefix("--"), value)
-        else:
-            left.append(word)
-    return options, left
+def count(text: str) -> int:
+    """A number above 0."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0.")
+    return int(text)
+
+
+def config_of(options: argparse.Namespace, words: list[str]) -> RunConfig:
+    """The config of a file with its overrides, or of the run to compare with."""
+    if options.compare is None:
+        if not words or words[0].startswith("-"):
+            given = words[0] if words else "none"
+            raise InputError(f"expected a config file first, got {given}.")
+        mesh = [] if options.mesh is None else mesh_overrides(options.mesh)
+        config = load_config(words[0], words[1:] + mesh, prog="lm-scale plan")
+        config.check()
+        return config
+    if words:
+        raise InputError(
+            f"--compare {options.compare}: the config is the run's own, so "
+            f"{words[0]!r} has no place here. Leave it out."
+        )
+    return read_run(options.compare)
 
 
 def mesh_overrides(text: str) -> list[str]:
@@ -83,31 +135,14 @@ def mesh_overrides(text: str) -> list[str]:
     ]
 
 
-def number(text: str) -> float:
-    """The price; InputError if it is no number."""
-    try:
-        return float(text)
-    except ValueError:
-        raise InputError(f"--price {text!r}: expected a number.") from None
-
-
-def plan_command(argv: list[str], console: Console) -> int:
-    """`plan CONFIG ...`: prints the plan; returns the exit status."""
-    if "--search" in argv:
-        return search_command(argv, console)
-    if not argv or argv[0] in ("-h", "--help"):
-        print(HELP, end="")
-        if not argv:
-            raise InputError("expected a config file, e.g. configs/llama_1b.py.")
-        return 0
-    options, words = parse(argv)
-    config = config_of(options, words)
-    check_compiler()
+def plan_one(config: RunConfig, options: argparse.Namespace, console: Console) -> bool:
+    """Prints the plan of a config; True: it fits."""
     told = measured(options.compare) if options.compare else None
+    quiet = Console(quiet=True) if options.json else console
     plan = make_plan(
         config, options.slice, price=options.price,
         cache=None if options.fresh else cache_folder(),
-        tell=(lambda text: None) if options.json else lambda text: say(console, text),
+        tell=lambda text: say(quiet, text),
     )  # fmt: skip
     rows = compare(plan, told) if told else []
     if options.json:
@@ -117,21 +152,4 @@ def plan_command(argv: list[str], console: Console) -> int:
         print_plan(plan, console)
         if rows:
             print_comparison(rows, console)
-    return 0 if plan.fits else DOES_NOT_FIT
-
-
-def config_of(options: Options, words: list[str]) -> RunConfig:
-    """The config of a file with its overrides, or of the run to compare with."""
-    if options.compare is None:
-        if not words or words[0].startswith("-"):
-            given = words[0] if words else "none"
-            raise InputError(f"expected a config file first, got {given}.")
-        config = load_config(words[0], words[1:], prog="lm-scale plan")
-        config.check()
-        return config
-    if words:
-        raise InputError(
-            f"--compare {options.compare}: the config is the run's own, so "
-            f"{words[0]!r} has no place here. Leave it out."
-        )
-    return read_run(options.compare)
+    return plan.fits

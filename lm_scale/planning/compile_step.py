@@ -20,7 +20,6 @@ from jax.sharding import Mesh, NamedSharding
 
 from lm_scale.assemble import declare_model, make_parts
 from lm_scale.config import RunConfig
-from lm_scale.errors import InputError, one_line
 from lm_scale.objectives import NoiseKeys, Vocabulary
 from lm_scale.planning import kept
 from lm_scale.planning.accelerators import GIB, Slice
@@ -84,16 +83,7 @@ class CompiledStep:
 
 def slice_mesh(config: RunConfig, chosen: Slice) -> Mesh:
     """The config's mesh over the devices of a slice; InputError if it does not fit."""
-    devices = topology_devices(chosen)
-    try:
-        return make_mesh(config.mesh, devices)
-    except (NotImplementedError, AssertionError) as error:
-        # jax lays meshes along the links of v4 and v5p: not every shape goes, and on v4
-        # none for its single cores, which is what libtpu compiles for without a chip.
-        raise InputError(
-            f"jax cannot lay the mesh {config.mesh} on {chosen.topology}: "
-            f"{one_line(error).rstrip('.')}. Choose another mesh, or another slice."
-        ) from error
+    return make_mesh(config.mesh, topology_devices(chosen))
 
 
 def abstract_batch(config: RunConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -155,7 +145,7 @@ def compile_step(
         with quiet(), uncached():
             compiled = lowered.compile(dict(options) if options else None)
             text = compiled.as_text()
-    except (RuntimeError, ValueError, NotImplementedError) as error:
+    except jax.errors.JaxRuntimeError as error:
         failure = explain_failure(error)
     else:
         assert text is not None  # a program of libtpu has one
@@ -208,7 +198,7 @@ def shard_bytes(tree: Any) -> int:
     )
 
 
-def explain_failure(error: Exception) -> Failure:
+def explain_failure(error: RuntimeError) -> Failure:
     """What the compiler said, shortened; the sizes, if it ran out of memory."""
     text = str(error)
     over = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])", text) or re.search(
@@ -222,5 +212,4 @@ def explain_failure(error: Exception) -> Failure:
     shown = [line[:MESSAGE_WIDTH] for line in lines[:MESSAGE_LINES]]
     if len(lines) > len(shown):
         shown.append(f"... ({len(lines) - len(shown)} more lines)")
-    message = "\n".join(shown) or one_line(error)
-    return Failure("RESOURCE_EXHAUSTED" in text, needed, available, message)
+    return Failure("RESOURCE_EXHAUSTED" in text, needed, available, "\n".join(shown))

@@ -116,9 +116,8 @@ class MemoryModel:
         again = self.kept(config, mesh, layout.kernel, "none") // config.model.layers
         itemsize = jnp.dtype(config.compute.dtype).itemsize
         layer, head = itemsize * layout.used.layer, itemsize * layout.used.head
-        if (
-            layout.used.gathered
-        ):  # the next layer's, and gradients; the same of the head
+        if layout.used.gathered:
+            # The next layer's as well, and gradients; of the head these.
             layer += (itemsize + F32) * layout.used.layer
             head += 2 * F32 * layout.used.head
         return Estimate(

@@ -15,9 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from jax.sharding import Mesh
+
 from lm_scale.assemble import flops_per_token
 from lm_scale.config import RunConfig
-from lm_scale.data.store import TokenStore
+from lm_scale.data.tokenizer import load_tokenizer
 from lm_scale.errors import InputError
 from lm_scale.planning.accelerators import Slice, find_slice
 from lm_scale.planning.compile_step import (
@@ -26,12 +28,13 @@ from lm_scale.planning.compile_step import (
     slice_mesh,
 )
 from lm_scale.run_json import from_dict, to_dict
+from lm_scale.run_text import open_source
 from lm_scale.shapes import parameter_count
 
 ACCURACY = (
     "An estimate, never yet measured on a chip by us: of two published runs on a TPU "
-    "v3-8 it gave 12 to 26 % too few tokens/s, or more. Fit to rank plans that one "
-    "compiler made, and for ratios; no promise."
+    "v3-8 it gives 2 to 46 % too few tokens/s (benchmarks/plan). Fit to rank plans "
+    "that one compiler made, and for ratios; no promise."
 )
 FORMULA = (
     "3 x forward; forward = 2 x the weights of all matrices, output included, + the "
@@ -131,17 +134,11 @@ def make_plan(
     slice that is not known, a mesh or batch that cannot be cut for it, or if there is
     no libtpu.
     """
-    name = slice_name or config.slice
-    if name is None:
-        raise InputError(
-            "the config names no slice. Say what to plan for: --slice v3-8, or "
-            "`slice` in the config."
-        )
+    chosen = choose_slice(config, slice_name)
     if price is not None and not 0 <= price < math.inf:
         raise InputError(f"--price {price}: expected the price of a chip-hour.")
-    chosen = find_slice(name)
     mesh = slice_mesh(config, chosen)
-    steps, why = count_steps(config)
+    steps, why = count_steps(config, mesh)
     compiled = compile_step(config, mesh, steps=steps, cache=cache, tell=tell)
     _, attention = config.choose_attention(mesh)
     tokens = config.batch * config.seq_len
@@ -165,6 +162,16 @@ def make_plan(
         mfu=times.compute / step if times and step else None,
         length=Length(steps, why, hours, chip_hours, cost),
     )
+
+
+def choose_slice(config: RunConfig, name: str | None) -> Slice:
+    """The slice of a name, or of the config; InputError if there is none."""
+    if name is None and config.slice is None:
+        raise InputError(
+            "the config names no slice. Say what to plan for: --slice v3-8, or "
+            "`slice` in the config."
+        )
+    return find_slice(name or config.slice or "")
 
 
 def describe(chosen: Slice) -> Chips:
@@ -216,26 +223,22 @@ def attention_flops(config: RunConfig) -> float:
     return of_length(config.seq_len, share) - of_length(1, share)
 
 
-def count_steps(config: RunConfig) -> tuple[int | None, str]:
+def count_steps(config: RunConfig, mesh: Mesh) -> tuple[int | None, str]:
     """The run's steps, if they can be known, and where that is from."""
     if config.steps is not None:
         return config.steps, "steps of the config"
-    examples, why = count_examples(config)
+    examples, why = count_examples(config, mesh)
     return (None if examples is None else config.total_steps(examples)), why
 
 
-def count_examples(config: RunConfig) -> tuple[int | None, str]:
+def count_examples(config: RunConfig, mesh: Mesh) -> tuple[int | None, str]:
     """Training examples: of the store, if it is there; else the most that are used."""
-    data, epochs = config.data, f"{config.epochs:g} epochs"
-    most = data.max_train_examples
-    part = Path(config.store_dir) / "train"
-    if (part / "manifest.json").exists() and data.examples in ("blocks", "documents"):
-        store = TokenStore.open(part)
-        count = store.num_documents
-        if data.examples == "blocks":
-            count = store.num_tokens // config.seq_len
-        return min(count, most or count), f"{epochs} of the tokens in {part}"
-    if most is not None:
+    store, epochs = Path(config.store_dir), f"{config.epochs:g} epochs"
+    if (store / "train" / "manifest.json").exists():
+        tokenizer = load_tokenizer(store / "tokenizer")
+        source = open_source(config, tokenizer, mesh, "train")
+        return len(source), f"{epochs} of the tokens in {store / 'train'}"
+    if (most := config.data.max_train_examples) is not None:
         return most, f"{epochs} of {most:,} examples, if the text has as many"
     return None, (
         f"{epochs}, and the number of examples is not known before the text is "

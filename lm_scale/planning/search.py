@@ -7,7 +7,6 @@ surely too large -> time_model.py says which are promising -> workers.py compile
 """
 
 import functools
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,18 +85,18 @@ class Search:
 def search(
     config: RunConfig,
     chosen: Slice,
-    space: Space = Space(),  # noqa: B008  (it is frozen)
+    space: Space,
     *,
-    budget: int = BUDGET,
-    jobs: int | None = None,
+    budget: int,
+    jobs: int,
     cache: Path | None = None,
     tell: Callable[[Tried, int], None] = lambda tried, total: None,
 ) -> Search:
     """Compiles the `budget` most promising candidates, and ranks them.
 
-    jobs: processes; None: as many as there are CPUs. cache: see `make_plan`: what is in
-    it is not compiled again, so a search that was broken off goes on. tell: hears of
-    each candidate that was tried, and how many will be at most.
+    jobs: processes. cache: see `make_plan`: what is in it is not compiled again, so a
+    search that was broken off goes on. tell: hears of each candidate that was tried,
+    and how many will be at most.
     Raises InputError if no candidate can cut the config's batch and weights, or if
     there is no time to rank by.
     """
@@ -112,7 +111,7 @@ def search(
     tasks = ((one, one.candidate.of(config)) for one in course.next())
     count = min(budget, sum(not one.too_large for one in prospects))
     tried: list[Tried] = []
-    plans = make_plans(tasks, chosen.name, jobs=jobs or cpus(), cache=cache)
+    plans = make_plans(tasks, chosen.name, jobs=jobs, cache=cache)
     for prospect, plan in plans:
         course.hear(prospect, plan)
         tried.append(figures(prospect, plan))
@@ -128,11 +127,6 @@ def search(
         tried=tuple(tried),
         overrides=tuple(tried[0].candidate.overrides(config)) if fits else (),
     )
-
-
-def cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def weigh(config: RunConfig, chosen: Slice, space: Space) -> list[Prospect]:

@@ -1,21 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`lm-scale plan CONFIG --search`: its options, what it prints, its exit status."""
+"""`lm-scale plan CONFIG --search`: its options, what it prints and writes."""
 
 import json
 import shlex
-from dataclasses import dataclass, replace
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
-from lm_scale.config import RunConfig, load_config
+from lm_scale.config import RunConfig
 from lm_scale.console import say
+from lm_scale.cpus import cpus
 from lm_scale.errors import InputError
-from lm_scale.planning.accelerators import find_slice
 from lm_scale.planning.candidates import OWN, REMATS, Space
 from lm_scale.planning.kept import cache_folder
-from lm_scale.planning.libtpu import check_compiler
-from lm_scale.planning.search import BUDGET, Search, cpus, search
+from lm_scale.planning.plan import choose_slice
+from lm_scale.planning.search import BUDGET, Search, search
 from lm_scale.planning.search_report import (
     Progressing,
     check_picture,
@@ -25,151 +27,75 @@ from lm_scale.planning.search_report import (
 from lm_scale.run_json import to_dict
 from lm_scale.sharding import PRESETS
 
-NOTHING_FITS = 3
-HELP = f"""\
-usage: lm-scale plan CONFIG --search [--slice NAME] [--budget N] [--jobs N]
-                     [--among WHAT=A,B] [--out FILE] [--plot FILE] [--json]
-                     [--field value ...]
 
-Tries meshes, rules, remat policies and accumulation, with the config's batch, and
-ranks those that fit by their estimated tokens/s. Each is compiled, which takes minutes
-for large models; Ctrl-C, and the same command again goes on.
+def search_command(
+    config: RunConfig, words: list[str], options: Namespace, console: Console
+) -> bool:
+    """Prints and writes what was found; True: something fits.
 
-  --slice NAME  v3-8, v4-128, v5e-256, v5p-512, v6e-64 ...; else the config's `slice`
-  --budget N    compile so many, the most promising ones by a rough estimate of their
-                time, the config's own choice first ({BUDGET})
-  --jobs N      so many at a time (as many as there are CPUs); a large model's takes
-                some GB of memory
-  --among WHAT=A,B   only these, once for each of: rules ({", ".join(PRESETS)}),
-                remat ({", ".join(REMATS)}), accumulate (numbers)
-  --out FILE    write the best as overrides: lm-scale train CONFIG $(cat FILE)
-  --plot FILE   .png or .html: memory against time of a step; needs matplotlib
-  --json        the same as JSON
-  --fresh       compile even what has been compiled before; nothing is kept
-
-Other options are those of `lm-scale train CONFIG --help`. Exit status: 0 something
-fits, 3 nothing does, 2 wrong usage or input.
-"""
-
-
-@dataclass
-class Options:
-    """What is asked for, besides the config's fields."""
-
-    slice: str | None = None
-    space: Space = Space()
-    budget: int = BUDGET
-    jobs: int | None = None
-    out: str | None = None
-    plot: str | None = None
-    json: bool = False
-    fresh: bool = False
-
-
-def parse(argv: list[str]) -> tuple[Options, list[str]]:
-    """The options of a search, and the words that are left; InputError if wrong."""
-    options, left = Options(), []
-    words = iter(argv)
-    for word in words:
-        flag, equals, value = word.partition("=")
-        name = flag.removeprefix("--")
-        if flag in ("--json", "--fresh"):
-            setattr(options, name, True)
-        elif flag in ("--slice", "--out", "--plot", "--budget", "--jobs", "--among"):
-            value = value if equals else next(words, "")
-            if not value:
-                raise InputError(f"{flag} needs a value.")
-            if flag == "--among":
-                options.space = narrow(options.space, value)
-            else:
-                numbers = flag in ("--budget", "--jobs")
-                setattr(options, name, count(flag, value) if numbers else value)
-        elif flag in ("--mesh", "--price", "--compare"):
-            raise InputError(f"{flag} has no place beside --search. Leave it out.")
-        elif flag != "--search":
-            left.append(word)
-    return options, left
-
-
-def count(flag: str, text: str) -> int:
-    """A number above 0; InputError if it is none."""
-    if not text.isdecimal() or int(text) == 0:
-        raise InputError(f"{flag} {text!r}: expected a number above 0.")
-    return int(text)
-
-
-def narrow(space: Space, text: str) -> Space:
-    """The space with only `rules=fsdp,dp`, or the like; InputError if wrong."""
-    name, _, listed = text.partition("=")
-    values = tuple(listed.split(","))
-    if name == "accumulate":
-        return replace(space, accumulate=tuple(count("--among", x) for x in values))
-    known = {"rules": (OWN, *PRESETS), "remat": REMATS}
-    if name not in known:
-        raise InputError(
-            f"--among {text!r}: expected rules=..., remat=... or accumulate=..."
-        )
-    for value in values:
-        if value not in known[name]:
-            raise InputError(
-                f"--among {text!r}: {value!r} is none of {', '.join(known[name])}."
-            )
-    return replace(space, **{name: values})
-
-
-def search_command(argv: list[str], console: Console) -> int:
-    """`plan CONFIG --search ...`: prints what was found; returns the exit status."""
-    if "-h" in argv or "--help" in argv:
-        print(HELP, end="")
-        return 0
-    options, words = parse(argv)
-    config = config_of(words, options)
-    check_compiler()
-    name = options.slice or config.slice
-    if name is None:
-        raise InputError(
-            "the config names no slice. Say what to search for: --slice v3-8, or "
-            "`slice` in the config."
-        )
-    jobs = options.jobs or cpus()
+    words: the config's file and its overrides. Raises InputError.
+    """
+    check_files(words[1:], options)
+    space = narrow(options.among or ())
+    chosen = choose_slice(config, options.slice)
+    budget, jobs = options.budget or BUDGET, options.jobs or cpus()
     quiet = Console(quiet=True) if options.json else console
-    say(quiet, f"Searching for {name}: up to {options.budget} compilations, {jobs} at "
-               f"a time.")  # fmt: skip
+    say(quiet, f"Searching for {chosen.name}: up to {budget} compilations, {jobs} at a "
+               f"time.")  # fmt: skip
     with Progressing(quiet) as progress:
         found = search(
-            config, find_slice(name), options.space, budget=options.budget, jobs=jobs,
+            config, chosen, space, budget=budget, jobs=jobs,
             cache=None if options.fresh else cache_folder(), tell=progress.tell,
         )  # fmt: skip
     tell(found, words, options, console)
-    return 0 if found.best else NOTHING_FITS
+    return found.best is not None
 
 
-def config_of(words: list[str], options: Options) -> RunConfig:
-    """The config of a file with its overrides; what is to be written can be."""
-    if not words or words[0].startswith("-"):
-        given = words[0] if words else "none"
-        raise InputError(f"expected a config file first, got {given}.")
+def check_files(overrides: list[str], options: Namespace) -> None:
+    """InputError if what is to be written could not be, or would be of no use."""
     if options.plot:
         check_picture(options.plot)
     for path in filter(None, (options.out, options.plot)):
         if not Path(path).parent.is_dir():
             raise InputError(f"{path}: there is no folder {Path(path).parent}.")
-    spaced = [word for word in words[1:] if word != shlex.quote(word)]
+    spaced = [word for word in overrides if word != shlex.quote(word)]
     if options.out and spaced:
         raise InputError(
             f"--out {options.out}: {spaced[0]!r} would not come back from $(cat FILE). "
             f"Put it into the config file."
         )
-    config = load_config(words[0], words[1:], prog="lm-scale plan")
-    config.check()
-    return config
 
 
-def tell(found: Search, words: list[str], options: Options, console: Console) -> None:
+def narrow(among: Sequence[str]) -> Space:
+    """The space of only `rules=fsdp,dp`, or the like; InputError if wrong."""
+    space = Space()
+    known = {"rules": (OWN, *PRESETS), "remat": REMATS}
+    for text in among:
+        name, _, listed = text.partition("=")
+        values = listed.split(",")
+        if name == "accumulate":
+            numbers = [int(x) for x in values if x.isdecimal() and int(x) > 0]
+            if len(numbers) < len(values):
+                raise InputError(f"--among {text!r}: expected numbers above 0.")
+            space = replace(space, accumulate=tuple(numbers))
+            continue
+        if name not in known:
+            raise InputError(
+                f"--among {text!r}: expected rules=..., remat=... or accumulate=..."
+            )
+        for value in values:
+            if value not in known[name]:
+                raise InputError(
+                    f"--among {text!r}: {value!r} is none of {', '.join(known[name])}."
+                )
+        space = replace(space, **{name: tuple(values)})
+    return space
+
+
+def tell(found: Search, words: list[str], options: Namespace, console: Console) -> None:
     """Prints and writes what was asked for."""
     if options.json:
-        value = to_dict(found) | {"left": found.left}
-        print(json.dumps(value))
+        print(json.dumps(to_dict(found) | {"left": found.left}))
     else:
         print_search(found, console)
     if found.best is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 from rich.console import Console
+from tiny import causal_run
 
 from lm_scale.__main__ import main
 from lm_scale.config import load_config
@@ -19,6 +20,8 @@ from lm_scale.planning.compile_step import explain_failure
 from lm_scale.planning.plan import Plan, from_json, make_plan, to_json
 from lm_scale.planning.report import print_plan
 from lm_scale.run_json import write_config
+from lm_scale.run_text import open_source, prepare_data
+from lm_scale.sharding import make_mesh
 
 pytest.importorskip("libtpu", reason="libtpu, the compiler for TPUs, is not installed")
 
@@ -216,9 +219,13 @@ def test_a_plan_beside_what_a_run_measured(planned, folder, monkeypatch, capsys)
         (["nowhere.py"], "There is no config file 'nowhere.py'"),
         (["CONFIG", "--slice", "v3-9"], "slice 'v3-9': there is none of 9"),
         (["CONFIG", "--mesh", "data=3"], "does not fit 8 device"),
-        (["CONFIG", "--price", "cheap"], "--price 'cheap': expected a number"),
+        (
+            ["CONFIG", "--price", "cheap"],
+            "argument --price: invalid float value: 'cheap'",
+        ),
         (["CONFIG", "--price", "-1"], "--price -1.0: expected the price"),
-        (["CONFIG", "--slice"], "--slice needs a value"),
+        (["CONFIG", "--slice"], "argument --slice: expected one argument"),
+        (["CONFIG", "--plot", "a.png"], "--plot has no place without --search"),
         (["CONFIG", "--slice=None", "--batch=8"], "slice 'None' is not known"),
     ],
 )
@@ -226,6 +233,22 @@ def test_wrong_input_has_status_2(folder, capsys, words, said):
     words = [str(folder / "tiny.py") if word == "CONFIG" else word for word in words]
     assert main(["plan", *words]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("examples", ["blocks", "packed", "documents"])
+def test_steps_of_epochs_are_those_that_the_run_would_make(tmp_path, examples):
+    run = causal_run(tmp_path, steps=None, epochs=2.0)
+    data = dataclasses.replace(run.data, examples=examples, max_train_examples=20)
+    run = dataclasses.replace(run, data=data)
+    mesh = make_mesh(run.mesh)
+    assert plan.count_steps(run, mesh)[0] == 3  # 2 x 20 examples, 16 a step
+    no_limit = dataclasses.replace(data, max_train_examples=None)
+    run = dataclasses.replace(run, data=no_limit)
+    steps, why = plan.count_steps(run, mesh)
+    assert steps is None and "not known before the text is prepared" in why
+    quiet = Console(quiet=True)
+    source = open_source(run, prepare_data(run, quiet), mesh, "train")
+    assert plan.count_steps(run, mesh)[0] == run.total_steps(len(source)) > 3
 
 
 def test_a_config_must_name_its_slice(folder):
@@ -243,7 +266,9 @@ def test_without_the_compiler_it_says_what_to_install(folder, monkeypatch):
 
 def test_another_failure_of_the_compiler_is_a_result(make, monkeypatch):
     def fail(self, *options):
-        raise RuntimeError("UNIMPLEMENTED: no such thing\n\n" + "why\n" * 30)
+        raise jax.errors.JaxRuntimeError(
+            "UNIMPLEMENTED: no such thing\n\n" + "why\n" * 30
+        )
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", fail)
     found = make(layers=1)

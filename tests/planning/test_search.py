@@ -274,9 +274,13 @@ def test_a_picture_is_drawn(tmp_path):
     ("words", "said"),
     [
         ([], "expected a config file first, got none"),
-        (["CONFIG", "--budget", "0"], "--budget '0': expected a number above 0"),
-        (["CONFIG", "--jobs"], "--jobs needs a value"),
+        (
+            ["CONFIG", "--budget", "0"],
+            "argument --budget: '0': expected a number above 0",
+        ),
+        (["CONFIG", "--jobs"], "argument --jobs: expected one argument"),
         (["CONFIG", "--among", "mesh=4"], "expected rules=..., remat=... or acc"),
+        (["CONFIG", "--among", "accumulate=2,0"], "expected numbers above 0"),
         (["CONFIG", "--among", "remat=all"], "'all' is none of none, dots, attention"),
         (["CONFIG", "--mesh", "data=4"], "--mesh has no place beside --search"),
         (["CONFIG", "--plot", "a.gif"], "expected a name that ends in .png or .html"),

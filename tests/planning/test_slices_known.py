@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of accelerators: names, topologies, what follows from published figures."""
 
+import dataclasses
+
 import pytest
 
 from lm_scale.errors import InputError
 from lm_scale.planning.accelerators import CUBES, GENERATIONS, SQUARES, find_slice
+from lm_scale.planning.libtpu import topology_devices
+from lm_scale.sharding import MeshShape, make_mesh
 
 
 @pytest.mark.parametrize(
@@ -51,6 +55,25 @@ def test_each_shape_has_as_many_chips_as_it_stands_for():
             for side in sides:
                 product *= side
             assert product == chips
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("v3-32", MeshShape(data=2, fsdp=4, tensor=4)),
+        ("v4-64", MeshShape(data=4, fsdp=16)),  # its cores, one by one
+        ("v5e-16", MeshShape(data=1, fsdp=8, tensor=2)),
+        # Of a torus of 4 x 8 x 8, no whole axes of which make up 128 or 16.
+        ("v5p-512", MeshShape(data=2, fsdp=128)),
+        ("v5p-512", MeshShape(data=1, fsdp=16, tensor=16)),
+    ],
+)
+def test_any_mesh_can_be_laid_on_a_slice(name, shape):
+    pytest.importorskip("libtpu", reason="libtpu, the compiler for TPUs, is missing")
+    devices = topology_devices(find_slice(name))
+    mesh = make_mesh(shape, devices)
+    assert mesh.devices.shape == dataclasses.astuple(shape)
+    assert sorted(d.id for d in mesh.devices.flat) == sorted(d.id for d in devices)
 
 
 def test_figures_of_a_device_are_shares_of_the_chip():
