@@ -60,7 +60,7 @@ class DataConfig:
     max_eval_examples: int | None = None
     store: str | None = None  # folder of tokenizer and tokens; None: <run_dir>/data
     cache_dir: str | None = None  # of what Hugging Face downloads; None: its own choice
-    workers: int | None = None  # processes that read, threads that tokenize; None: auto
+    workers: int | None = None  # processes that read and tokenize; None: one a CPU
 
 
 @dataclass(frozen=True)

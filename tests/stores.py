@@ -49,3 +49,9 @@ def write_store(
 def read_documents(store: TokenStore, numbers: Sequence[int] | np.ndarray) -> list:
     """The tokens of these documents, int32 [n] each."""
     return [store.read(first, last - first) for first, last in store.spans(numbers)]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from stores import content
 
 from lm_scale.errors import InputError
 
@@ -41,11 +42,6 @@ def folder(tmp_path, monkeypatch) -> Path:
         Path(f"text/{number}.txt").write_text("".join(lines))
     Path("c.py").write_text(CONFIG.replace("STORE", str(tmp_path / "tokens")))
     return tmp_path
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 # In a process of its own: executors fork, which what has threads does not survive.

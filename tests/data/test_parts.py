@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tensorstore as ts
 from rich.console import Console
-from stores import read_documents
+from stores import content, read_documents
 
 from lm_scale.data import parts as parts_module
 from lm_scale.data import places, texts, units, waiting, work
@@ -57,12 +57,6 @@ def corpus(tmp_path) -> CorpusConfig:
         (folder / f"{number}.txt").write_text("\n".join(LINES[start:stop]))
     (folder / "4.txt").write_text("".join(LINES[50:52]))
     return CorpusConfig(source=str(folder), validation_fraction=0)
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
-    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 def made(corpus, tokenizer, out: Path, **options) -> dict[str, bytes]:

@@ -5,10 +5,10 @@ import multiprocessing
 import random
 import signal
 import time
-from pathlib import Path
 
 import pytest
 from rich.console import Console
+from stores import content
 
 from lm_scale.data import encoding, texts, units, work
 from lm_scale.data.corpus import CorpusConfig
@@ -25,11 +25,6 @@ def make(text: str, tokenizer, out: str, workers: int) -> None:
     encoding.ALONE = 3000  # characters; then the workers do it
     corpus = CorpusConfig(text, validation_fraction=0.2, drop_duplicates=True)
     prepare(corpus, tokenizer, out, workers=workers, console=Console(quiet=True))
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 @pytest.fixture(scope="module")
