@@ -4,6 +4,7 @@
 import multiprocessing
 import os
 import signal
+from concurrent.futures import wait
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ def test_workers_give_the_same_in_order_and_their_death_is_an_error(spec, monkey
     before = dict(os.environ)
     with Encoders[int](spec, workers=2) as encoders:
         for _ in range(2):  # the pool stays for the next store
+            wait(encoders._begun)  # so that the second time the workers encode
             found = list(encoders.map(enumerate(batches)))
             assert [number for number, _ in found] == list(range(len(batches)))
             for (_, tokens), batch in zip(found, batches, strict=True):
@@ -40,7 +42,8 @@ def test_workers_give_the_same_in_order_and_their_death_is_an_error(spec, monkey
         assert len(workers) == 2
         os.kill(workers[0].pid, signal.SIGKILL)
         with pytest.raises(WorkerDied, match="fewer .data.workers"):
-            list(encoders.map(enumerate(batches)))
+            while True:  # the other one may be through before the pool looks
+                list(encoders.map(enumerate(batches)))
     assert not multiprocessing.active_children()
 
 
