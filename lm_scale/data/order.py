@@ -11,6 +11,8 @@ import functools
 
 import numpy as np
 
+from lm_scale.splitmix import mixed
+
 # Four would do for large n. Where the halves have a few values only, each round mixes
 # less; with these even the 120 orders of 5 examples come equally often.
 ROUNDS = 12
@@ -64,15 +66,7 @@ def _rounds(numbers, left_size, right_size, keys) -> np.ndarray:
     right, left = np.divmod(numbers, left_size)
     for number, key in enumerate(keys):
         if number % 2:
-            right = (right + _hash(left, key) % right_size) % right_size
+            right = (right + mixed(left + key) % right_size) % right_size
         else:
-            left = (left + _hash(right, key) % left_size) % left_size
+            left = (left + mixed(right + key) % left_size) % left_size
     return right * left_size + left
-
-
-def _hash(values: np.ndarray, key: np.uint64) -> np.ndarray:
-    """SplitMix64's finalizer (Steele, Lea and Flood 2014) of the keyed values."""
-    mixed = values + key  # modulo 2**64, as all of this
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
