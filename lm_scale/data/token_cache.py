@@ -11,11 +11,11 @@ from collections import OrderedDict
 
 import numpy as np
 
+from lm_scale.data.arrays import CHUNK_TOKENS
 from lm_scale.data.ragged import count_up
 from lm_scale.data.store import TokenStore, token_type
 
-# Tokens, aligned: a chunk of the store, which is the least that it decompresses.
-WINDOW = 1 << 14
+WINDOW = CHUNK_TOKENS  # aligned: the least that the store decompresses
 BYTES = 256 << 20  # of windows, for each store; those used last stay
 
 

@@ -11,7 +11,7 @@ import pytest
 import tensorstore as ts
 from stores import read_documents, write_store
 
-from lm_scale.data.arrays import reading
+from lm_scale.data.arrays import CHUNK_TOKENS, reading
 from lm_scale.data.parts import PartWriter
 from lm_scale.data.store import Manifest, TokenStore, read_manifest
 from lm_scale.errors import InputError
@@ -70,7 +70,7 @@ def test_one_document_of_exactly_a_border(tmp_path, size):
 
 def test_default_sizes(tmp_path):
     documents = [np.arange(70_000) % 50_257, [1, 2, 3], []]
-    write(tmp_path / "s", documents, vocab_size=50_257, chunk_tokens=1 << 14)
+    write(tmp_path / "s", documents, vocab_size=50_257, chunk_tokens=CHUNK_TOKENS)
     store = TokenStore.open(tmp_path / "s")
     assert [read_documents(store, [i])[0].size for i in range(3)] == [70_000, 3, 0]
 
