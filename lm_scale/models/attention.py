@@ -12,8 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
+from lm_scale.models.dropout import dropout
 from lm_scale.models.kernels import cudnn, splash
-from lm_scale.models.layers import dropout
 from lm_scale.models.layout import widen
 from lm_scale.models.ring import ring_attention
 from lm_scale.sharding import Rules, shards

@@ -17,15 +17,15 @@ from jaxtyping import Array, Float, Int, Key
 from lm_scale.errors import InputError
 from lm_scale.models.attention import Cache, Mask, attention
 from lm_scale.models.compute import Compute
+from lm_scale.models.dropout import dropout, split_key
 from lm_scale.models.layers import (
     LayerNorm,
     check_heads,
     check_shape,
-    dropout,
     embed,
     hf_matrix,
     hf_vector,
-    split_key,
+    project,
 )
 from lm_scale.models.layout import (
     from_residual,
@@ -160,8 +160,7 @@ class Block(nnx.Module):
         dtype, rules = x.dtype, self.compute.rules
         x = from_residual(x, rules, "act_heads")
         with jax.named_scope("attention"):
-            qkv = jnp.einsum("BTD,DCHN->CBTHN", x, self.qkv[...])
-            q, k, v = qkv + spread(self.qkv_bias[...], qkv, 0, 3, 4)
+            q, k, v = project(x, self.qkv[...], self.qkv_bias[...])
             if cache is not None:
                 k_past, v_past, length = cache
                 k = jax.lax.dynamic_update_slice_in_dim(k_past, k, length, axis=1)

@@ -26,6 +26,7 @@ from lm_scale.models.layers import (
     hf_linear,
     hf_matrix,
     hf_vector,
+    project,
 )
 from lm_scale.models.layout import (
     from_residual,
@@ -260,7 +261,7 @@ class Block(nnx.Module):
         x = from_residual(x, rules, "act_heads", "act_kv_heads")
         with jax.named_scope("attention"):
             q = jnp.einsum("BTD,DHN->BTHN", x, self.q[...])
-            k, v = jnp.einsum("BTD,DCKN->CBTKN", x, self.kv[...])
+            k, v = project(x, self.kv[...])
             if self.config.qkv_bias:
                 q = q + spread(self.q_bias[...], q)
                 k = k + spread(self.kv_bias[...][0], k)

@@ -17,16 +17,17 @@ from jaxtyping import Array, Float, Int, Key
 from lm_scale.errors import InputError
 from lm_scale.models.attention import Mask, attention
 from lm_scale.models.compute import Compute
+from lm_scale.models.dropout import dropout, split_key
 from lm_scale.models.layers import (
     LayerNorm,
     check_heads,
     check_shape,
-    dropout,
     embed,
+    gelu,
     hf_linear,
     hf_matrix,
     hf_vector,
-    split_key,
+    project,
 )
 from lm_scale.models.layout import (
     from_residual,
@@ -165,8 +166,7 @@ class Block(nnx.Module):
         dtype, rules = x.dtype, self.compute.rules
         x = from_residual(x, rules, "act_heads")
         with jax.named_scope("attention"):
-            qkv = jnp.einsum("BTD,DCHN->CBTHN", x, self.qkv[...])
-            q, k, v = qkv + spread(self.qkv_bias[...], qkv, 0, 3, 4)
+            q, k, v = project(x, self.qkv[...], self.qkv_bias[...])
             mixed = attention(
                 q, k, v, mask=mask, rules=rules, key=key, kernel=self.compute.attention,
                 dropout_rate=self.config.attention_dropout,
@@ -186,9 +186,7 @@ class Block(nnx.Module):
                 "BTD,DF->BTF", x, self.up[...],
                 out_sharding=rules.spec("batch", "seq", "act_mlp"),
             )  # fmt: skip
-            up = jax.nn.gelu(
-                up + spread(self.up_bias[...].astype(dtype), up), approximate=False
-            )
+            up = gelu(up + spread(self.up_bias[...].astype(dtype), up))
             down = jnp.einsum(
                 "BTF,FD->BTD", up, self.down[...],
                 out_sharding=sum_over("act_mlp", rules),
@@ -259,7 +257,7 @@ class Roberta(nnx.Module):
                 out_sharding=rules.spec("batch", "seq", "act_embed"),
             )  # fmt: skip
             x = x + spread(self.dense_bias[...].astype(dtype), x)
-            x = self.head_norm(jax.nn.gelu(x, approximate=False))
+            x = self.head_norm(gelu(x))
             logits = jnp.einsum(
                 "BTD,VD->BTV", x, gather(self.tokens[...], self.compute),
                 preferred_element_type=jnp.float32,

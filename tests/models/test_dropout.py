@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dropout's masks: even, unrelated, as many as the rate says, the same on any mesh."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lm_scale.models import dropout as module
+from lm_scale.models.dropout import dropout, even_draws
+
+ROWS, WIDTH = 512, 384
+
+
+def draws(key, shape=(ROWS, WIDTH)) -> np.ndarray:
+    return np.asarray(even_draws(key, shape, None))
+
+
+def bits(words: np.ndarray) -> np.ndarray:
+    return np.unpackbits(words.view(np.uint8)).reshape(*words.shape, 32)
+
+
+def is_half(found: np.ndarray) -> bool:
+    """If five standard deviations allow it for this share of zeros and ones."""
+    return abs(found.mean() - 0.5) < 5 * 0.5 / found.size**0.5
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_each_bit_is_even_and_tells_nothing_of_its_neighbours(seed):
+    found = bits(draws(jax.random.key(seed)))
+    assert abs(found.mean(axis=(0, 1)) - 0.5).max() < 5 * 0.5 / (ROWS * WIDTH) ** 0.5
+    for axis, shift in ((0, 1), (0, 2), (0, 256), (1, 1), (1, 2), (1, 128), (2, 1)):
+        assert is_half(found == np.roll(found, shift, axis)), (axis, shift)
+
+
+def test_masks_of_keys_have_nothing_in_common():
+    """Of neighbouring seeds, of a key's parts, and of two shapes with one key."""
+    key = jax.random.key(5)
+    keys = [key, jax.random.key(4), *jax.random.split(key, 3)]
+    found = [bits(draws(one)) for one in keys]
+    for number, one in enumerate(found):
+        for other in found[:number]:
+            assert is_half(one == other)
+            assert is_half(one == np.roll(other, 1, axis=1))
+
+
+def test_a_chi_square_of_bytes():
+    """The four bytes of a draw: 255 degrees of freedom each, within five deviations."""
+    words = draws(jax.random.key(9), (1024, 1024))
+    for byte in words.view(np.uint8).reshape(-1, 4).T:
+        expected = byte.size / 256
+        square = ((np.bincount(byte, minlength=256) - expected) ** 2 / expected).sum()
+        assert abs(square - 255) < 5 * (2 * 255) ** 0.5
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.003])
+def test_the_share_is_the_rate_and_the_mean_stays(rate):
+    x = jnp.ones((1000, 1000))
+    found = np.asarray(dropout(x, rate, jax.random.key(3)))
+    zeros = np.mean(found == 0)
+    assert abs(zeros - rate) < 5 * (rate * (1 - rate) / x.size) ** 0.5
+    np.testing.assert_allclose(found[found != 0], 1 / (1 - rate), rtol=1e-6)
+    # In every row and every column too, a mask of rows or columns would not do.
+    for axis in (0, 1):
+        means = np.mean(found == 0, axis=axis)
+        assert abs(means - rate).max() < 6 * (rate * (1 - rate) / 1000) ** 0.5
+
+
+def test_no_key_or_no_rate_changes_nothing():
+    x = jnp.arange(6.0)
+    assert dropout(x, 0.5, None) is x
+    assert dropout(x, 0.0, jax.random.key(0)) is x
+
+
+@pytest.mark.parametrize("spec", [P("a", None), P(None, "b"), P("b", "a"), P()])
+def test_the_mesh_does_not_matter(spec):
+    key, shape = jax.random.key(7), (8, 12)
+    alone = draws(key, shape)
+    mesh = jax.make_mesh((2, 4), ("a", "b"), (AxisType.Explicit,) * 2)
+    sharding = NamedSharding(mesh, spec)
+    with jax.set_mesh(mesh):
+        found = jax.jit(lambda key: even_draws(key, shape, sharding))(key)
+    np.testing.assert_array_equal(np.asarray(found), alone)
+
+
+def test_slices_behind_2_to_the_32_elements_are_not_the_first_again(monkeypatch):
+    monkeypatch.setattr(module, "WORD", 2**6)  # as if a word had six bits
+    rows = draws(jax.random.key(0), (9, 64))
+    assert np.unique(rows, axis=0).shape[0] == 9
