@@ -181,9 +181,9 @@ def _read(
     except Exception as error:  # of which kind, depends on where orbax stumbles
         if not _is_damage(error):
             raise OSError(
-                f"Cannot read {folder / step}: {one_line(error):.300}"
+                f"Cannot read {folder / step}: {one_line(error, 300)}"
             ) from error
-        problem = f"it cannot be read ({one_line(error):.120})"
+        problem = f"it cannot be read ({one_line(error, 120)})"
     if problem is not None:
         gc.collect()  # coroutines that orbax left half done, noisy when Python ends
     for told in distributed.everyone(problem):
@@ -493,7 +493,7 @@ class Saver:
             if problem is not None:
                 raise OSError(problem)
         except BaseException as error:
-            distributed.give_up(self._failed, f"{one_line(error):.300}")
+            distributed.give_up(self._failed, one_line(error, 300))
             if distributed.index() == 0:  # it takes space that the next try needs
                 self._remove_unfinished()
             raise
@@ -504,7 +504,7 @@ class Saver:
         try:
             self.noted(step)
         except Exception as error:
-            self.tell(f"WARNING: step {step} was saved, but {one_line(error):.200}")
+            self.tell(f"WARNING: step {step} was saved, but {one_line(error, 200)}")
         for old in to_delete(self._losses, **self.retention):
             del self._losses[old]
             try:
@@ -512,7 +512,7 @@ class Saver:
             except FileNotFoundError:
                 pass  # somebody else has let it go
             except Exception as error:
-                self.tell(f"WARNING: step {old} stays on disk: {one_line(error):.200}")
+                self.tell(f"WARNING: step {old} stays on disk: {one_line(error, 200)}")
 
     def _remove_unfinished(self) -> None:
         try:
@@ -538,7 +538,7 @@ class Saver:
         pause = min(RETRY * 2 ** (self.failures - 1), RETRY_AT_MOST)
         self._retry_at = time.monotonic() + pause
         text = (
-            f"WARNING: step {step} could NOT be saved ({one_line(error):.300}). The "
+            f"WARNING: step {step} could NOT be saved ({one_line(error, 300)}). The "
             f"newest checkpoint is {self._newest()}. The run goes on, and tries again "
             f"in {pause:.0f} s."
         )

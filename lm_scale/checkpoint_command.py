@@ -93,7 +93,7 @@ def problem_of(folder: CheckpointFolder, step: int) -> str | None:
                         f"the data of {path}[{name_of(index)}] are not what was saved"
                     )
     except ValueError as error:
-        return f"{one_line(error):.300}"
+        return one_line(error, 300)
     return None
 
 

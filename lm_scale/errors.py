@@ -25,12 +25,17 @@ class SourceLost(OSError):
     """Text cannot be read on for now; the message is complete by itself."""
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: BaseException, most: int | None = None) -> str:
     """What an error of a library says, without its line breaks; else its type's name.
 
-    Some say a page: cut it with a format, `{one_line(error):.200}`.
+    most: characters. Of more, those in the middle are left out: what failed stands at
+    the beginning, and why it did often at the end ("No space left on device").
     """
-    return " ".join(str(error).split()) or type(error).__name__
+    line = " ".join(str(error).split()) or type(error).__name__
+    if most is None or len(line) <= most:
+        return line
+    half = (most - 5) // 2
+    return f"{line[:half]} ... {line[-half:]}"
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

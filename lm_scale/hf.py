@@ -157,7 +157,7 @@ def _download(name: str, patterns: tuple[str, ...], cache_dir: str | None) -> Pa
     except Exception as error:  # of the network, the disk and three HTTP libraries
         raise InputError(
             f"{name!r} is no local folder and cannot be fetched from the Hugging Face "
-            f"hub: give a folder, or connect to the network ({one_line(error):.200})."
+            f"hub: give a folder, or connect to the network ({one_line(error, 200)})."
         ) from error
     return Path(found)
 
@@ -191,7 +191,7 @@ def _with_defaults(content: dict) -> dict:
         return AutoConfig.for_model(content["model_type"], **arguments).to_dict()
     except StrictDataclassError as error:
         raise InputError(
-            f"The config.json is not valid: {one_line(error):.300}"
+            f"The config.json is not valid: {one_line(error, 300)}"
         ) from error
 
 

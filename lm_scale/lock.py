@@ -57,7 +57,7 @@ class RunLock:
                 raise InputError(self._refusal(other))
         except OSError as error:
             raise InputError(
-                f"Cannot write to {self.path.parent}: {one_line(error):.200}"
+                f"Cannot write to {self.path.parent}: {one_line(error, 200)}"
             ) from error
         self._thread.start()
 

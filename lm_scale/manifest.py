@@ -71,7 +71,7 @@ def read(folder: epath.Path) -> Manifest:
         raise ValueError(f"it has no {NAME}: it was never finished") from None
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(
-            f"its {NAME} cannot be read ({one_line(error):.100})"
+            f"its {NAME} cannot be read ({one_line(error, 100)})"
         ) from None
     if digest != _digest(body):
         raise ValueError(f"its {NAME} has been altered")

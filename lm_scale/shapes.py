@@ -83,7 +83,7 @@ def hf_config(
         config.validate()  # what several settings have to keep together
     except StrictDataclassError as error:
         raise InputError(
-            f"{name} with {' '.join(overrides)} is no model: {one_line(error):.200}"
+            f"{name} with {' '.join(overrides)} is no model: {one_line(error, 200)}"
         ) from error
     return config
 
@@ -153,7 +153,7 @@ def _from_folder_or_hub(name: str, cache_dir: str | None) -> "PreTrainedConfig":
         raise InputError(
             f"no model config {name!r}: expected one of {', '.join(SHAPES)}, a folder "
             "with a config.json or a name on the hub "
-            f"({one_line(error):.200})."
+            f"({one_line(error, 200)})."
         ) from error
 
 

@@ -66,7 +66,7 @@ class WandbRun:
             yield
         except (Exception, SystemExit) as error:
             self.run = None
-            reason = f"{one_line(error):.200}"
+            reason = one_line(error, 200)
             self.note(f"wandb failed ({reason}): the run goes on without it.")
 
 

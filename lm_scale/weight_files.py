@@ -135,7 +135,7 @@ def _read_flax(path: Path) -> dict[str, np.ndarray]:
         weights = flatten(tree)
     except Exception as error:  # damaged bytes fail wherever they happen to
         raise InputError(
-            f"Cannot read {path} as Flax weights: {one_line(error):.200}. Copy the "
+            f"Cannot read {path} as Flax weights: {one_line(error, 200)}. Copy the "
             "file again."
         ) from error
     return dict(

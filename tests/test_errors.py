@@ -16,3 +16,12 @@ from lm_scale.errors import one_line
 )
 def test_one_line_of_an_error(error, line):
     assert one_line(error) == line
+
+
+def test_of_a_long_error_what_failed_and_why():
+    path = "/a/rather/long/path" * 9
+    error = OSError(f"Error writing {path!r}: {path}: No space left on device [28]")
+    line = one_line(error, 100)
+    assert len(line) <= 100
+    assert line.startswith("Error writing") and line.endswith("left on device [28]")
+    assert one_line(error, 1000) == str(error)

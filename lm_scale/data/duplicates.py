@@ -148,7 +148,7 @@ def _read(store: str, spans: np.ndarray) -> np.ndarray:
         values = [read.result() for read in reads]
     except ERRORS as error:
         raise InputError(
-            f"the hashes in {store}/work are damaged: {one_line(error):.300}. Delete "
+            f"the hashes in {store}/work are damaged: {one_line(error, 300)}. Delete "
             f"{store} and run `prepare` again."
         ) from error
     return np.concatenate([np.empty(0, np.uint64), *values]).view(_ROW)

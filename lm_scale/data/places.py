@@ -70,7 +70,7 @@ def write_bytes(path: str | Path, name: str, content: bytes) -> None:
 def cannot_write(path: str | Path, error: BaseException) -> StorageError:
     """The error for what could not be stored, such as where a disk is full."""
     return StorageError(
-        f"cannot write to {path}: {one_line(error):.300}. The parts that are finished "
+        f"cannot write to {path}: {one_line(error, 300)}. The parts that are finished "
         "stay: make room or repair the storage, and run the same command again."
     )
 

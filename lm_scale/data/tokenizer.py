@@ -178,7 +178,7 @@ def load_tokenizer(
         raise InputError(
             f"cannot load a tokenizer from {path}: expected a folder that "
             "save_pretrained wrote, a tokenizer.json or a name on the hub "
-            f"({one_line(error):.200})."
+            f"({one_line(error, 200)})."
         ) from error
     if tokenizer.init_kwargs.get("auto_map"):  # else another class takes its place
         raise InputError(

@@ -88,5 +88,5 @@ def _damages(path: str | Path, entry: PartEntry, manifest: Manifest) -> list[str
             elif digest(array) != sha256:
                 found.append(f"{name} is not what was written: its sha256 differs")
         except ERRORS as error:
-            found.append(f"{name}: {one_line(error):.300}")
+            found.append(f"{name}: {one_line(error, 300)}")
     return found

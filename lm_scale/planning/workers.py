@@ -124,4 +124,4 @@ def plan_or_reason(
     try:
         return make_plan(config, slice_name, cache=cache)
     except Exception as error:
-        return Failed(f"{type(error).__name__}: {one_line(error):.300}")
+        return Failed(f"{type(error).__name__}: {one_line(error, 300)}")
