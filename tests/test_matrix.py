@@ -18,6 +18,11 @@ ROOT = Path(__file__).parent.parent
 LOSS, WEIGHTS = 1e-5, 1e-4
 # bf16 has 8 bits of mantissa: 1/256 for one rounding, and the loss is a mean of many.
 LOSS_BF16, WEIGHTS_BF16 = 2e-3, 2e-2
+# The one with the most in it; the others later.
+ONE_OF_THEM = [
+    pytest.param(family, marks=[pytest.mark.exhaustive] * (family != "llama"))
+    for family in matrix.FAMILIES
+]
 
 
 def assert_same(found, expected, loss=LOSS, weights=WEIGHTS):
@@ -48,11 +53,11 @@ def test_accumulated_and_unrolled_on_one_device(family, accumulate, unroll):
 
 
 def every_mesh() -> list:
-    """Each family on each mesh, in one of the variants by turns; the rest later."""
+    """Two of three families on each mesh, a variant each by turns; the rest later."""
     cases = itertools.product(*map(enumerate, [matrix.FAMILIES, matrix.LAYOUTS]))
     later = [pytest.mark.exhaustive]
     return [
-        pytest.param(family, layout, *variant, marks=later * ((i + j + k) % 2))
+        pytest.param(family, layout, *variant, marks=later * ((i + j + k) % 3 > 0))
         for (i, family), (j, layout) in cases
         for k, variant in enumerate(matrix.VARIANTS)
     ]
@@ -66,7 +71,7 @@ def test_every_mesh_trains_as_one_device(family, layout, accumulate, unroll):
 
 
 @pytest.mark.parametrize(("accumulate", "unroll"), matrix.MIXED)
-@pytest.mark.parametrize("family", matrix.FAMILIES)
+@pytest.mark.parametrize("family", ONE_OF_THEM)
 def test_accumulated_or_unrolled_alone(family, accumulate, unroll):
     layout = matrix.LAYOUTS["data=2 fsdp=2 tensor=2"]
     found = matrix.train(family, layout, accumulate, unroll)
@@ -74,7 +79,7 @@ def test_accumulated_or_unrolled_alone(family, accumulate, unroll):
 
 
 @pytest.mark.parametrize("layout", matrix.MORE_LAYOUTS)
-@pytest.mark.parametrize("family", matrix.FAMILIES)
+@pytest.mark.parametrize("family", ONE_OF_THEM)
 def test_every_preset_trains_as_one_device(family, layout):
     found = matrix.train(family, matrix.MORE_LAYOUTS[layout], accumulate=4)
     assert_same(found, matrix.train(family, matrix.ONE))

@@ -34,7 +34,11 @@ def lines(run_dir: str, kind: str) -> list[dict]:
     return [line for line in map(json.loads, text) if line["kind"] == kind]
 
 
-@pytest.fixture(scope="module", params=[causal_run, masked_run])
+# Runs of masked LM are in test_main.py and in faults/ too.
+BOTH = [causal_run, pytest.param(masked_run, marks=pytest.mark.exhaustive)]
+
+
+@pytest.fixture(scope="module", params=BOTH)
 def straight(request, tmp_path_factory):
     """A finished run of 30 steps, and the function that configures its like."""
     folder = tmp_path_factory.mktemp(request.param.__name__)
@@ -94,9 +98,7 @@ def test_resume_on_another_mesh_agrees_to_rounding(tmp_path, straight):
     np.testing.assert_allclose(got, want, rtol=2e-4)
 
 
-@pytest.mark.parametrize(
-    "make", [causal_run, pytest.param(masked_run, marks=pytest.mark.exhaustive)]
-)
+@pytest.mark.parametrize("make", BOTH)
 def test_a_run_whose_sequences_are_cut(make, tmp_path, capsys):
     """By ring attention, trained and evaluated, as with whole sequences."""
     model = make(tmp_path).model

@@ -15,7 +15,6 @@ from lm_scale.data.corpus import CorpusConfig
 from lm_scale.data.prepare import prepare
 from lm_scale.data.tokenizer import TokenizerConfig, train_tokenizer
 
-KILLS = 20
 LINES = [f"Line {i}: the train of thought, number {i * i}.\n" for i in range(1000)]
 
 
@@ -25,6 +24,10 @@ def make(text: str, tokenizer, out: str, workers: int) -> None:
     encoding.ALONE = 3000  # characters; then the workers do it
     corpus = CorpusConfig(text, validation_fraction=0.2, drop_duplicates=True)
     prepare(corpus, tokenizer, out, workers=workers, console=Console(quiet=True))
+
+
+def further(*case):
+    return pytest.param(*case, marks=pytest.mark.exhaustive)
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +46,8 @@ def started():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
-def test_at_random_moments(started, tmp_path, workers):
+@pytest.mark.parametrize(("workers", "times"), [(1, 6), further(1, 20), further(2, 20)])
+def test_at_random_moments(started, tmp_path, workers, times):
     (tmp_path / "text").mkdir()
     for number in range(5):
         lines = LINES[number * 200 : (number + 1) * 200] + LINES[:9]
@@ -60,10 +63,10 @@ def test_at_random_moments(started, tmp_path, workers):
     assert len([name for name in expected if name.endswith("part.json")]) > 12
 
     rng, kills, ends = random.Random(workers), 0, 0
-    while kills < KILLS or process.exitcode != 0:
+    while kills < times or process.exitcode != 0:
         out = tmp_path / f"run-{ends}"
         process = started(*given, str(out), workers)
-        process.join(rng.uniform(0, whole) if kills < KILLS else None)
+        process.join(rng.uniform(0, whole) if kills < times else None)
         process.kill()  # nothing happens if it is through
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL)

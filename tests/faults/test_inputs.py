@@ -412,7 +412,10 @@ def child(words: list[str], folder: Path) -> tuple[int, str, set[str]]:
     return process.returncode, out.read_text(), titles
 
 
-@pytest.mark.parametrize("how", ["finishes", "raises", "flags"])
+FINISHES = pytest.param("finishes", marks=pytest.mark.exhaustive)
+
+
+@pytest.mark.parametrize("how", [FINISHES, "raises", "flags"])
 def test_secrets_are_nowhere(how, tmp_path, folder):
     """In no file of the run, no line that is shown, and no traceback."""
     config = tmp_path / "config.py"

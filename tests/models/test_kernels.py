@@ -408,9 +408,12 @@ def test_what_is_kept_for_the_backward_pass_can_go_to_the_host(remat, monkeypatc
     assert min(placed[:2]) > 0 and placed[2] == 0
 
 
+FURTHER = pytest.param("v5e:2x2", marks=pytest.mark.exhaustive)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Error reading persistent")  # not for other devices
-@pytest.mark.parametrize("topology", ["v3:2x2", "v5e:2x2", "v6e:2x2"])
+@pytest.mark.parametrize("topology", ["v3:2x2", FURTHER, "v6e:2x2"])
 def test_the_step_of_a_tpu_compiles(topology, monkeypatch):
     """Splash: one Mosaic call forward, one for dq, one for dk and dv."""
     lowered, kernel = lowered_step(topology, monkeypatch)
