@@ -2,6 +2,7 @@
 """The cross entropy that every objective shares, without all logits at one time."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +29,8 @@ def cross_entropy(
     another.
 
     `head` turns hidden states into f32 logits; it runs on at most `chunk` positions of
-    each sequence at a time (or one of each device that holds a part of it), and again
-    in the backward pass, so that logits take chunk/T of the memory. A T without
+    each sequence at a time (or one of each device that holds a part of it), so that
+    logits take chunk/T of the memory; in a backward pass it runs again. A T without
     divisors near T/chunk makes smaller chunks, and so a slower step. The vocabulary may
     be sharded: no logits are gathered. Positions labelled -100 are left out.
     """
@@ -37,20 +38,13 @@ def cross_entropy(
     def of_chunk(hidden, labels) -> Sums:
         logits = head(hidden)
         count = (labels != IGNORE).astype(jnp.float32)
-        vocab = jnp.arange(logits.shape[-1])
-        at_label = vocab == labels[..., None]  # a lookup that works on sharded logits
-        label_logit = jnp.sum(jnp.where(at_label, logits, 0.0), -1)
-        loss = (jax.nn.logsumexp(logits, -1) - label_logit) * count
         right = (
             (jnp.argmax(logits, -1) == labels) if accuracy else jnp.zeros_like(count)
         )
-        return {"loss": loss, "correct": right.astype(jnp.float32), "count": count}
+        losses = _losses(logits, labels)
+        return {"loss": losses, "correct": right.astype(jnp.float32), "count": count}
 
-    length = hidden.shape[1]
-    own = jax.typeof(hidden).sharding.shard_shape(hidden.shape)[1]  # of one device
-    chunks = min(-(-length // chunk), own)
-    while own % chunks:  # equal chunks, each spread over all devices
-        chunks += 1
+    chunks = _chunks(hidden, chunk)
     if chunks == 1:
         return of_chunk(hidden, labels)
 
@@ -58,12 +52,94 @@ def cross_entropy(
         return jax.tree.map(jnp.add, sums, jax.checkpoint(of_chunk)(*inputs)), None
 
     parts = (split_sequence(hidden, chunks), split_sequence(labels, chunks))
-    zero = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding.spec),
-        jax.eval_shape(of_chunk, *(part[0] for part in parts)),
-    )
+    zero = _zeros(jax.eval_shape(of_chunk, *(part[0] for part in parts)))
     sums, _ = jax.lax.scan(add, zero, parts)
     return sums
+
+
+def training_loss(
+    head: Callable[[Float[Array, "B T D"]], Float[Array, "B T V"]],
+    hidden: Float[Array, "B T D"],
+    labels: Int[Array, "B T"],
+    *,
+    chunk: int,
+) -> tuple[Float[Array, ""], Float[Array, "B t"]]:
+    """The summed loss of `cross_entropy`, and its losses, which have no gradient.
+
+    The gradient is made together with the loss, while the logits of a chunk are there:
+    the head runs once, not again in the backward pass. So use this where a gradient is
+    wanted, and the other where not.
+    """
+    chunks = _chunks(hidden, chunk)
+    if chunks == 1:
+        losses = _losses(head(hidden), labels)
+        return jnp.sum(losses), jax.lax.stop_gradient(losses)
+    parts = (split_sequence(hidden, chunks), split_sequence(labels, chunks))
+    # The head as a function of its weights as well: those that it uses, no others.
+    pure, weights = jax.closure_convert(head, parts[0][0])
+    return _with_gradient(pure, weights, *parts)
+
+
+def _with_gradient_forward(head, weights, hidden, labels):
+    """Loss and losses of chunks [chunks B t ...], and the gradients of the loss."""
+
+    def of_chunk(hidden, labels):
+        losses, pull = jax.vjp(
+            lambda weights, hidden: _losses(head(hidden, *weights), labels),
+            weights, hidden,
+        )  # fmt: skip
+        return losses, *pull(jnp.ones_like(losses))
+
+    def add(sums, inputs):
+        losses, d_weights, d_hidden = of_chunk(*inputs)
+        return jax.tree.map(jnp.add, sums, (losses, d_weights)), d_hidden
+
+    zero = _zeros(jax.eval_shape(of_chunk, hidden[0], labels[0])[:2])
+    (losses, d_weights), d_hidden = jax.lax.scan(add, zero, (hidden, labels))
+    return (jnp.sum(losses), losses), (d_weights, d_hidden)
+
+
+def _with_gradient_backward(head, gradients, cotangents):
+    scale, _ = cotangents
+
+    def scaled(gradient: Array) -> Array:
+        # Partial sums take a factor that is known to be the same on all devices.
+        axes = jax.typeof(gradient).sharding.spec.unreduced
+        same = jax.reshard(scale, PartitionSpec(reduced=axes)) if axes else scale
+        return gradient * same.astype(gradient.dtype)
+
+    return *jax.tree.map(scaled, gradients), None
+
+
+_with_gradient = jax.custom_vjp(
+    lambda *inputs: _with_gradient_forward(*inputs)[0], nondiff_argnums=(0,)
+)
+_with_gradient.defvjp(_with_gradient_forward, _with_gradient_backward)
+
+
+def _losses(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Array:
+    """The loss of each place, f32 [B T]; 0 where there is no label."""
+    vocab = jnp.arange(logits.shape[-1])
+    at_label = vocab == labels[..., None]  # a lookup that works on sharded logits
+    label_logit = jnp.sum(jnp.where(at_label, logits, 0.0), -1)
+    losses = jax.nn.logsumexp(logits, -1) - label_logit
+    return losses * (labels != IGNORE).astype(jnp.float32)
+
+
+def _chunks(hidden: Float[Array, "B T D"], chunk: int) -> int:
+    """How many equal chunks a sequence is cut into, each spread over all devices."""
+    length = hidden.shape[1]
+    own = jax.typeof(hidden).sharding.shard_shape(hidden.shape)[1]  # of one device
+    chunks = min(-(-length // chunk), own)
+    while own % chunks:
+        chunks += 1
+    return chunks
+
+
+def _zeros(like: Any) -> Any:
+    return jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding.spec), like
+    )
 
 
 def split_sequence(x: Array, chunks: int) -> Array:

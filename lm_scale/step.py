@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from lm_scale.losses import IGNORE, Sums, cross_entropy
+from lm_scale.losses import IGNORE, Sums, cross_entropy, training_loss
 from lm_scale.models import Model, family_of
 from lm_scale.models.compute import Compute
 from lm_scale.models.layout import gather, shared, summed
@@ -163,8 +163,7 @@ def make_train_step(
 
     def loss_sum(params: Params, batch: Batch, key: Key[Array, ""]):
         hidden, head, labels = apply(graphdef, params, batch, key)
-        losses = cross_entropy(head, hidden, labels, chunk=compute.loss_chunk)["loss"]
-        return jnp.sum(losses), losses
+        return training_loss(head, hidden, labels, chunk=compute.loss_chunk)
 
     def gradients(params: Params, batch: Batch, key: Key[Array, ""]):
         """Summed over the tokens of each device, and the losses, of the whole batch."""

@@ -38,7 +38,7 @@ ORDER = (
     ),
     ("data.packing", "data.token_cache", "data.where", "data.shown", "data.mixture"),
     ("data.examples", "data.share", "guard", "hub"),
-    ("data.mixed", "models.kernels", "models.ring"),
+    ("data.mixed", "models.kernels", "models.ring", "models.blockwise"),
     ("data.*", "models.attention", "models.rotary"),
     ("data.streamed",),
     ("models.*",),  # the families, which do not know one another

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from lm_scale.losses import IGNORE, cross_entropy
+from lm_scale.losses import IGNORE, cross_entropy, training_loss
 from lm_scale.sharding import MeshShape, Rules, make_mesh
 
 RULES = Rules()
@@ -32,7 +32,7 @@ def head(matrix, hidden):
 
 
 @partial(jax.jit, static_argnames="chunk")
-def chunked(hidden, labels, matrix, chunk):
+def evaluated(hidden, labels, matrix, chunk):
     """((loss, sums), gradients)"""
 
     def loss(hidden, matrix):
@@ -42,6 +42,24 @@ def chunked(hidden, labels, matrix, chunk):
         return sums["loss"], sums
 
     return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden, matrix)
+
+
+@partial(jax.jit, static_argnames="chunk")
+def trained(hidden, labels, matrix, chunk):
+    """The same, of `training_loss`."""
+
+    def loss(hidden, matrix):
+        of_head = partial(head, matrix)
+        sums = cross_entropy(of_head, hidden, labels, chunk=chunk, accuracy=True)
+        total, losses = training_loss(of_head, hidden, labels, chunk=chunk)
+        return total, jax.tree.map(jnp.sum, sums | {"loss": losses})
+
+    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden, matrix)
+
+
+@pytest.fixture(params=[evaluated, trained], ids=["evaluated", "trained"])
+def chunked(request):
+    return request.param
 
 
 def plain(hidden, labels, matrix):
@@ -67,21 +85,21 @@ def one_device():
 def assert_same(chunked_result, plain_result):
     (loss, sums), gradients = jax.device_get(chunked_result)
     expected, correct, count, expected_gradients = plain_result
-    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    np.testing.assert_allclose([loss, sums["loss"]], expected, rtol=1e-5)
     assert (sums["correct"], sums["count"]) == (correct, count)
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 5, 15, 100])
-def test_chunks_do_not_change_the_loss(chunk):
+def test_chunks_do_not_change_the_loss(chunked, chunk):
     inputs = example(15, 23)
     with one_device():
         result = chunked(*inputs, chunk)
     assert_same(result, plain(*inputs))
 
 
-def test_a_length_that_nothing_divides():
+def test_a_length_that_nothing_divides(chunked):
     inputs = example(13, 23)
     with one_device():
         result = chunked(*inputs, 5)
@@ -106,7 +124,7 @@ def test_a_length_that_nothing_divides():
         else str(x)
     ),
 )
-def test_sharded_over_eight_devices(mesh, length, chunk):
+def test_sharded_over_eight_devices(chunked, mesh, length, chunk):
     """Vocabulary over tensor, sequence over context; gradients lie as their inputs."""
     inputs = example(length, 24)
     axes = (("batch", "seq", None), ("batch", "seq"), (None, "vocab"))
@@ -123,7 +141,7 @@ def test_sharded_over_eight_devices(mesh, length, chunk):
 
 
 @pytest.mark.parametrize("chunk", [5, 15])
-def test_nothing_to_predict(chunk):
+def test_nothing_to_predict(chunked, chunk):
     hidden, labels, matrix = example(15, 23)
     with one_device():
         (loss, sums), gradients = chunked(
@@ -135,7 +153,7 @@ def test_nothing_to_predict(chunk):
 
 
 @pytest.mark.parametrize("chunk", [5, 15])
-def test_one_single_label(chunk):
+def test_one_single_label(chunked, chunk):
     hidden, labels, matrix = example(15, 23)
     labels = np.full_like(labels, IGNORE)
     labels[1, 7] = 22
@@ -149,7 +167,7 @@ def test_one_single_label(chunk):
     np.testing.assert_array_equal(touched, [[1, 7]])
 
 
-def test_large_logits_do_not_overflow():
+def test_large_logits_do_not_overflow(chunked):
     hidden, labels, matrix = example(15, 23)
     inputs = (hidden * 1000, labels, matrix)
     with one_device():
@@ -159,7 +177,7 @@ def test_large_logits_do_not_overflow():
 
 
 @pytest.mark.parametrize("chunk", [5, 15])
-def test_accuracy_counts_right_guesses_only_where_there_is_a_label(chunk):
+def test_accuracy_counts_right_guesses_only_where_there_is_a_label(chunked, chunk):
     vocab = WIDTH
     labels = np.full((BATCH, 15), IGNORE, np.int32)
     labels[0, :7], labels[1, 3] = 2, 5
@@ -177,3 +195,37 @@ def test_accuracy_is_left_out_when_not_asked_for():
         sums = cross_entropy(partial(head, matrix), hidden, labels, chunk=5)
         sums = jax.tree.map(jnp.sum, sums)
     assert sums["correct"] == 0
+
+
+def test_in_training_the_head_runs_once():
+    """A product for the logits, one for each gradient; evaluating takes one more."""
+    hidden, labels, matrix = map(jnp.asarray, example(15, 23))
+    with one_device():
+        products = [
+            str(jax.make_jaxpr(partial(way, chunk=5))(hidden, labels, matrix))
+            for way in (evaluated, trained_alone)
+        ]
+    assert [text.count("dot_general[") for text in products] == [4, 3]
+
+
+def trained_alone(hidden, labels, matrix, chunk):
+    def loss(hidden, matrix):
+        return training_loss(partial(head, matrix), hidden, labels, chunk=chunk)
+
+    return jax.grad(loss, argnums=(0, 1), has_aux=True)(hidden, matrix)
+
+
+@pytest.mark.parametrize("chunk", [5, 15])
+def test_a_multiple_of_the_loss_has_that_multiple_of_the_gradient(chunk):
+    hidden, labels, matrix = map(jnp.asarray, example(15, 23))
+
+    @partial(jax.grad, argnums=(0, 1))
+    def gradient(hidden, matrix, scale):
+        return (
+            scale * training_loss(partial(head, matrix), hidden, labels, chunk=chunk)[0]
+        )
+
+    with one_device():
+        once, thrice = (gradient(hidden, matrix, scale) for scale in (1.0, 3.0))
+    for one, three in zip(once, thrice, strict=True):
+        np.testing.assert_allclose(3 * one, three, rtol=1e-5, atol=1e-6)

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding
 from lm_scale.checkpoint import Saver, restore_step
 from lm_scale.checkpoint_folder import CheckpointFolder
 from lm_scale.errors import InputError
-from lm_scale.losses import cross_entropy
+from lm_scale.losses import training_loss
 from lm_scale.models import (
     Compute,
     GPT2Config,
@@ -360,13 +360,13 @@ def test_the_first_update_of_a_warm_up_has_learning_rate_0():
 
 # --- Updates that are not made --------------------------------------------------------
 
-# Labels of no token: at one of these, the loss goes wrong in `harmful_cross_entropy`.
+# Labels of no token: at one of these, the loss goes wrong in `harmful_loss`.
 NOT_A_NUMBER, BAD_GRADIENT, HUGE_GRADIENT = -201, -202, -203
 HARM = {"loss": NOT_A_NUMBER, "gradient": BAD_GRADIENT, "norm": HUGE_GRADIENT}
 OPTIMIZERS = {"adamw": ADAMW, "adafactor": Adafactor(clip=1.0)}
 
 
-def harmful_cross_entropy(head, hidden, labels, chunk):
+def harmful_loss(head, hidden, labels, chunk):
     """Harm is done to the position that has one of the labels above, and only there.
 
     Its loss becomes NaN; or its gradient does, with the loss unchanged (the derivative
@@ -374,12 +374,13 @@ def harmful_cross_entropy(head, hidden, labels, chunk):
     """
     harm, features = labels < IGNORE, hidden.sum(-1)
     whole = chunk * labels.shape[1]  # one chunk, so that each loss is one position's
-    sums = cross_entropy(head, hidden, jnp.where(harm, IGNORE, labels), chunk=whole)
+    labels_left = jnp.where(harm, IGNORE, labels)
+    total, losses = training_loss(head, hidden, labels_left, chunk=whole)
     factor = jnp.where(labels == NOT_A_NUMBER, jnp.nan, 0.0)
     factor = jnp.where(labels == HUGE_GRADIENT, 1e25, factor)
     root = jnp.sqrt(jnp.where(labels == BAD_GRADIENT, 0.0 * features, 1.0))
     added = factor * features + jnp.where(labels == BAD_GRADIENT, root, 0.0)
-    return sums | {"loss": sums["loss"] + added}
+    return total + jnp.sum(added), losses + added
 
 
 def bits(tree):
@@ -444,7 +445,7 @@ def test_a_bad_gradient_on_one_device_changes_nothing_on_any(
     mesh, settings, monkeypatch
 ):
     """And the run goes on as if the batch had not been there."""
-    monkeypatch.setattr("lm_scale.step.cross_entropy", harmful_cross_entropy)
+    monkeypatch.setattr("lm_scale.step.training_loss", harmful_loss)
     made = guarded(mesh, **settings)
     harms = [None, "loss", None, "gradient", "norm", None, None]
     state, states, history = steps_of(made, harms)
@@ -467,7 +468,7 @@ def test_a_bad_gradient_on_one_device_changes_nothing_on_any(
 
 def test_the_learning_rate_reported_is_the_optimizer_s(monkeypatch):
     """It counts the updates that it has made."""
-    monkeypatch.setattr("lm_scale.step.cross_entropy", harmful_cross_entropy)
+    monkeypatch.setattr("lm_scale.step.training_loss", harmful_loss)
     made, schedule = guarded("one"), make_schedule(SCHEDULE, STEPS)
     updates = 0
     with jax.set_mesh(made.mesh):
@@ -499,7 +500,7 @@ def test_a_weight_that_is_not_finite_stops_all_updates():
 
 
 def test_without_the_guard_the_update_is_made(monkeypatch):
-    monkeypatch.setattr("lm_scale.step.cross_entropy", harmful_cross_entropy)
+    monkeypatch.setattr("lm_scale.step.training_loss", harmful_loss)
     state, _, history = steps_of(guarded("one", skip_bad=False), [None, "loss"])
     assert not any("skipped" in metrics for metrics in history)
     assert int(state.skipped) == 0
@@ -507,7 +508,7 @@ def test_without_the_guard_the_update_is_made(monkeypatch):
 
 
 def test_the_counter_is_in_the_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setattr("lm_scale.step.cross_entropy", harmful_cross_entropy)
+    monkeypatch.setattr("lm_scale.step.training_loss", harmful_loss)
     made = guarded("data")
     state, _, _ = steps_of(made, [None, "loss", "norm"])
     target = abstract_state(made.model, made.optimizer, made.mesh)

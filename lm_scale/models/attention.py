@@ -12,6 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
+from lm_scale.models import blockwise
+from lm_scale.models.blockwise import Blocks
 from lm_scale.models.dropout import dropout
 from lm_scale.models.kernels import cudnn, splash
 from lm_scale.models.layout import widen
@@ -109,7 +111,8 @@ def attention(
 
     `kernel` is what `kernels.choose_attention` chose for the run; with `ring`, causal
     rows lie in its `zigzag_order`. Where a kernel cannot do this call (generation with
-    a cache, say), xla does it.
+    a cache, say), xla does it: by blocks of queries (models/blockwise.py) or, with keys
+    of another row or sequences that are cut, in one piece.
     """
     uncut = shards(rules, jax.sharding.get_abstract_mesh(), "seq") == 1
     of_row = mask.key_positions is None  # the keys are those of the queries
@@ -131,6 +134,8 @@ def attention(
         # Fewer key-value heads than parts: each device takes those of its queries.
         k, v, K = jnp.repeat(k, H // K, axis=2), jnp.repeat(v, H // K, axis=2), H
     heads = "act_heads" if K == H else "act_kv_heads"
+    if uncut and of_row:
+        return _blockwise(q, k, v, mask, rules, heads, dropout_rate, key)
     # Each device sees all keys, and has its own queries' part of their gradients.
     parts, gathered = rules.spec("batch", None, heads, None), frozenset(rules.seq)
     whole_seq = PartitionSpec(*parts, reduced=gathered)
@@ -149,3 +154,22 @@ def attention(
     whole = rules.spec("batch", "seq", "act_heads", None)
     mixed = jnp.reshape(mixed, (B, T, H, N), out_sharding=whole)
     return checkpoint_name(mixed, "attention")
+
+
+def _blockwise(q, k, v, mask: Mask, rules: Rules, heads: str, rate: float, key):
+    """The same for whole sequences, whose queries are the keys' own."""
+    (B, T, H, N), K = q.shape, k.shape[2]
+    whole = rules.spec("batch", None, "act_heads", None)
+    grouped = rules.spec("batch", None, heads, None, None)
+    q = jax.reshard(q * N**-0.5, whole)
+    q = jnp.reshape(q, (B, T, K, H // K, N), out_sharding=grouped)
+    k, v = (jax.reshard(x, rules.spec("batch", None, heads, None)) for x in (k, v))
+    seen = mask.matrix(T, rules)
+    if seen is not None:
+        rows = jax.typeof(seen).sharding.spec.partitions[0]
+        seen = jax.reshard(seen[:, None], PartitionSpec(rows))
+    # Causal by places in the row, as blocks want it.
+    blocks = Blocks(mask.causal and mask.is_in_order, mask.window, rate)
+    mixed = blockwise.attend(blocks, q, k, v, seen, key)
+    mixed = jnp.reshape(mixed, (B, T, H, N), out_sharding=whole)
+    return jax.reshard(mixed, rules.spec("batch", "seq", "act_heads", None))

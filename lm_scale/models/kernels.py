@@ -6,12 +6,11 @@
     TPU v4 and later            splash  Pallas; passes over blocks that a mask rules out
     TPU v2, v3                  xla     Mosaic has no bf16 matrix products for them
     NVIDIA, capability >= 8.0   cudnn   flash attention of the maker, in bf16
-    others                      xla     einsum, softmax, einsum: `attention.attention`
+    others                      xla     a few blocks of queries: models/blockwise.py
 
 Flash attention (Dao et al. 2022) makes the scores a block at a time and keeps none, so
 its memory grows with the length of a sequence and not with its square. Masks and
-results are those of the plain path, but for rounding, and for a query that may look
-nowhere.
+results are those of `xla`, but for rounding, and for a query that may look nowhere.
 None of them drops out attention weights, and only `ring` takes sequences that the mesh
 cuts; `xla` gathers their keys and values.
 `choose_attention` settles it once, by the mesh's devices: a program may be compiled for

@@ -54,24 +54,27 @@ def remat_policy(compute: Compute) -> Callable[..., Any]:
     if compute.remat == "dots":
         return _dots(compute.offload)
     if compute.remat == "attention":
-        return _named("attention", compute.offload)
+        return _named(("attention",), compute.offload)
     return jax.checkpoint_policies.nothing_saveable
 
 
 _TO_HOST = {"offload_src": "device", "offload_dst": "pinned_host"}
 
 
-def _named(name: str, offload: bool) -> Callable[..., Any]:
+def _named(names: tuple[str, ...], offload: bool) -> Callable[..., Any]:
     if not offload:
-        return jax.checkpoint_policies.save_only_these_names(name)
+        return jax.checkpoint_policies.save_only_these_names(*names)
     return jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[], names_which_can_be_offloaded=[name], **_TO_HOST
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=list(names),
+        **_TO_HOST,
     )
 
 
 def _dots(offload: bool) -> Callable[..., Any]:
-    """Products with weights; of a partial sum what it is summed to, by its name."""
-    policies, summed = jax.checkpoint_policies, _named("residual", offload)
+    """Products with weights, and what attention gives; of partial sums, their sums."""
+    policies = jax.checkpoint_policies
+    named = _named(("residual", "attention"), offload)
     products = policies.dots_with_no_batch_dims_saveable
     if offload:
         products = policies.offload_dot_with_no_batch_dims(**_TO_HOST)
@@ -80,7 +83,7 @@ def _dots(offload: bool) -> Callable[..., Any]:
         into = params.get("out_sharding")
         if primitive.name == "dot_general" and into and into.spec.unreduced:
             return False
-        choose = summed if primitive.name == "name" else products
+        choose = named if primitive.name == "name" else products
         return choose(primitive, *operands, **params)
 
     return policy

@@ -14,7 +14,7 @@ computes it again, it needs what remat = "none" would keep of one layer. FSDP ga
 layer's matrices in the compute type, the next layer's beside them, and makes gradients
 in f32 before they are scattered (`models.layout.gather`); the weights outside of the
 blocks are gathered in f32 (`step.gather_head`) and cast. Logits are f32 and there are
-two of them: they and their gradient (`losses.cross_entropy`).
+two of them: they and their gradient (`losses.training_loss`).
 
 Left out: the padding of tiles, what XLA keeps longer than it has to, and what it never
 writes down. Against the compiler (libtpu 0.0.42, 0.0.50): of the peaks of llama_160m

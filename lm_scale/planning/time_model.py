@@ -3,16 +3,16 @@
 
     step = max(compute, hbm) + ici                 seconds of one device
 
-compute: the model's FLOPs and those of what is computed again, at the peak. Again: by
-remat "full" all of a layer's forward pass, by "attention" all but its products of
-attention, by "dots" only these. hbm: each part of a batch writes and reads what is kept
-and what a layer needs (memory_model.py), and reads the weights in its forward pass, in
-its backward pass and again; gradients, weights and optimizer state are read and written
-once a step. ici: what a device sends in a ring. FSDP gathers each weight twice and
-scatters its gradient, for each part of a batch; gradients are summed once a step over
-the devices that have the same weights; a matrix that is cut over devices makes four
-sums of activations a layer; a sequence that is cut sends its keys and values around,
-forward and twice backward.
+compute: the model's FLOPs and those of what is computed again, at the peak. Again:
+always the scores of attention, one of its two products; by remat "attention" the rest
+of a layer's forward pass but the other product, by "full" that too. hbm: each part of a
+batch writes and reads what is kept and what a layer needs (memory_model.py), and reads
+the weights in its forward pass, in its backward pass and again; gradients, weights and
+optimizer state are read and written once a step. ici: what a device sends in a ring.
+FSDP gathers each weight twice and scatters its gradient, for each part of a batch;
+gradients are summed once a step over the devices that have the same weights; a matrix
+that is cut over devices makes four sums of activations a layer; a sequence that is cut
+sends its keys and values around, forward and twice backward.
 
 Nothing overlaps here, and every operation runs at the peak: times are wrong, their
 order less so. Where a bandwidth is not known, its term is left out.
@@ -55,9 +55,9 @@ def step_flops(config: RunConfig) -> float:
     blocks = config.model.train_flops_per_token(config.seq_len, 0.0) / 3
     products = attention_flops(config) / 3
     again = {
-        "none": 0.0, "dots": products, "attention": blocks - products, "full": blocks
+        "none": 0.0, "dots": 0.0, "attention": blocks - products, "full": blocks
     }  # fmt: skip
-    return flops_per_token(config) + again[config.compute.remat]
+    return flops_per_token(config) + products / 2 + again[config.compute.remat]
 
 
 def hbm_bytes(config: RunConfig, memory: Estimate) -> float:

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention in plain XLA, with as few and as small matrices of scores as that allows.
+
+Queries are worked through in a few blocks, each with the keys that it can see at all:
+under a causal mask four blocks have 10/16 of all scores. The backward pass makes the
+scores anew, from queries and keys and two numbers a query: the largest score, and one
+over the sum of the weights (FlashAttention, Dao et al. 2022, section 3.1 and appendix
+B). To differentiate a softmax takes its maximum and its sum once more.
+
+Shapes: q [B T K J N], k and v [B S K N] with S = T, scores [B K J T S]; a block's T and
+S are shorter. J query heads share a key-value head.
+"""
+
+import functools
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array
+
+from lm_scale.models.dropout import dropout
+
+HIDDEN = float(jnp.finfo(jnp.float32).min)  # the score of a key that is not seen
+BLOCKS = 4  # of the queries; each adds to the program
+LEAST = 64  # queries of a block
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What is known of the mask when the program is made, and the rate of dropout."""
+
+    causal: bool
+    window: int | None
+    dropout: float
+
+    def spans(self, length: int) -> Iterator[tuple[slice, slice]]:
+        """The places of each block's queries, and of the keys that these may see."""
+        if not self.causal:
+            yield slice(0, length), slice(0, length)
+            return
+        count = max(1, min(BLOCKS, length // LEAST))
+        edges = [length * number // count for number in range(count + 1)]
+        for first, stop in itertools.pairwise(edges):
+            start = 0 if self.window is None else max(0, first - self.window + 1)
+            yield slice(first, stop), slice(start, stop)
+
+    def factors(self, q: Array, k: Array, key: Array | None) -> Array | None:
+        """What dropout multiplies all weights by; XLA makes of it what a block uses.
+
+        Of all and not of each block, so that a mesh which cuts sequences has the same.
+        """
+        if key is None or self.dropout == 0.0:
+            return None
+        like = jax.eval_shape(functools.partial(_scores, seen=None), q, k)
+        ones = jnp.ones(like.shape, like.dtype, out_sharding=like.sharding)
+        return dropout(ones, self.dropout, key)
+
+
+def _scores(q, k, seen) -> Array:
+    scores = jnp.einsum("BTKJN,BSKN->BKJTS", q, k, preferred_element_type=jnp.float32)
+    return scores if seen is None else jnp.where(seen, scores, HIDDEN)
+
+
+def _forward(blocks: Blocks, q, k, v, seen, key):
+    """The weighted means, [B T K J N]; also what `_backward` needs.
+
+    q: scaled. seen: bool [#B 1 1 T S], or None: all is seen. A query that sees nothing
+    gets the plain mean of its block's values, which is finite.
+    """
+    means, sums, factors = [], [], blocks.factors(q, k, key)
+    for t, s in blocks.spans(q.shape[1]):
+        scores = _scores(q[:, t], k[:, s], None if seen is None else seen[..., t, s])
+        largest = jnp.max(scores, axis=-1)
+        weights = jnp.exp(scores - largest[..., None])
+        share = 1.0 / jnp.sum(weights, axis=-1)
+        if factors is not None:
+            weights = weights * factors[..., t, s]
+        summed = jnp.einsum(
+            "BKJTS,BSKN->BTKJN", weights.astype(v.dtype), v[:, s],
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
+        means.append((summed * jnp.moveaxis(share, 3, 1)[..., None]).astype(v.dtype))
+        sums.append(jnp.stack([largest, share]))
+    # Named for the remat policies.
+    mean = checkpoint_name(jnp.concatenate(means, axis=1), "attention")
+    of_query = checkpoint_name(jnp.concatenate(sums, axis=-1), "attention")
+    return mean, (q, k, v, seen, key, mean, of_query)
+
+
+def _backward(blocks: Blocks, saved, d_mean):
+    q, k, v, seen, key, mean, of_query = saved
+    length = q.shape[1]
+    inner = jnp.einsum(
+        "BTKJN,BTKJN->BKJT", d_mean, mean, preferred_element_type=jnp.float32
+    )
+    dq, dk, dv, factors = [], [], [], blocks.factors(q, k, key)
+    for t, s in blocks.spans(length):
+        visible = None if seen is None else seen[..., t, s]
+        largest, share = of_query[..., t, None]
+        probs = jnp.exp(_scores(q[:, t], k[:, s], visible) - largest) * share
+        d_probs = jnp.einsum(
+            "BTKJN,BSKN->BKJTS", d_mean[:, t], v[:, s],
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
+        if factors is not None:
+            d_probs = d_probs * factors[..., t, s]
+        d_scores = probs * (d_probs - inner[..., t, None])
+        if visible is not None:
+            d_scores = jnp.where(visible, d_scores, 0.0)
+        if factors is not None:
+            probs = probs * factors[..., t, s]
+        d_scores, probs = d_scores.astype(q.dtype), probs.astype(q.dtype)
+        dq.append(jnp.einsum("BKJTS,BSKN->BTKJN", d_scores, k[:, s]))
+        dk.append(_to_keys(d_scores, q[:, t], s, length))
+        dv.append(_to_keys(probs, d_mean[:, t], s, length))
+    dk, dv = (functools.reduce(jnp.add, parts).astype(q.dtype) for parts in (dk, dv))
+    return jnp.concatenate(dq, axis=1), dk, dv, None, None
+
+
+def _to_keys(weights, queries, span: slice, length: int) -> Array:
+    """A block's part of a gradient of all keys or values, f32 [B S K N]."""
+    part = jnp.einsum(
+        "BKJTS,BTKJN->BSKN", weights, queries, preferred_element_type=jnp.float32
+    )
+    around = (span.start, length - span.stop)
+    return jnp.pad(part, ((0, 0), around, (0, 0), (0, 0)))
+
+
+attend = jax.custom_vjp(lambda *inputs: _forward(*inputs)[0], nondiff_argnums=(0,))
+attend.defvjp(_forward, _backward)
