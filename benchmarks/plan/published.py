@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lm_scale.config import RunConfig, load_config
 from lm_scale.models import Compute, GPT2Config, LlamaConfig
+from lm_scale.objectives import MaskedLM
 from lm_scale.optim import AdamW
 from lm_scale.planning.accelerators import find_slice
 from lm_scale.sharding import FULLY_SHARDED, PRESETS
@@ -37,9 +38,15 @@ class Published:
 
 
 def of_file(name: str, dtype: str) -> RunConfig:
-    """A shipped config: bfloat16 as it is, float32 as the old scripts computed."""
+    """A shipped config: bfloat16 as it is, float32 as the old scripts computed.
+
+    With the head at all places, as theirs.
+    """
     words = ["--compute.dtype", dtype]
-    return load_config(str(CONFIGS / f"{name}.py"), words, prog="benchmarks.plan")
+    config = load_config(str(CONFIGS / f"{name}.py"), words, prog="benchmarks.plan")
+    if isinstance(config.objective, MaskedLM):
+        config = dataclasses.replace(config, objective=MaskedLM())
+    return config
 
 
 def fsdp(model, rows: int, length: int, chips: str, compute: Compute) -> RunConfig:

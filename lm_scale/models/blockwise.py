@@ -25,7 +25,7 @@ from lm_scale.models.dropout import dropout
 
 HIDDEN = float(jnp.finfo(jnp.float32).min)  # the score of a key that is not seen
 BLOCKS = 4  # of the queries; each adds to the program
-LEAST = 64  # queries of a block
+LEAST = 128  # queries of a block
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,13 @@ def _forward(blocks: Blocks, q, k, v, seen, key):
         )  # fmt: skip
         means.append((summed * jnp.moveaxis(share, 3, 1)[..., None]).astype(v.dtype))
         sums.append(jnp.stack([largest, share]))
-    # Named for the remat policies.
-    mean = checkpoint_name(jnp.concatenate(means, axis=1), "attention")
-    of_query = checkpoint_name(jnp.concatenate(sums, axis=-1), "attention")
-    return mean, (q, k, v, seen, key, mean, of_query)
+    mean = _named(jnp.concatenate(means, axis=1))
+    return mean, (q, k, v, seen, key, mean, _named(jnp.concatenate(sums, axis=-1)))
+
+
+def _named(x: Array) -> Array:
+    """For the remat policies: `dots` keeps it too, as it is made of products."""
+    return checkpoint_name(checkpoint_name(x, "attention"), "products")
 
 
 def _backward(blocks: Blocks, saved, d_mean):

@@ -16,8 +16,8 @@ class Compute:
     # and the loss are float32 in either case.
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     # What the backward pass computes again: nothing; all but the outputs of matrix
-    # products with weights and of attention; all but those of attention; or all inside
-    # a block.
+    # products (and not of a kernel of attention); all but those of attention; or all
+    # inside a block.
     remat: Literal["none", "dots", "attention", "full"] = "dots"
     offload: bool = False  # what `remat` keeps waits in the host's memory (not on CPUs)
     unroll: int = 1  # layers that are compiled as one turn of the loop over layers

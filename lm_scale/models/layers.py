@@ -90,13 +90,13 @@ def project(
 
     Where one product makes them all, XLA for TPUs writes it out and copies the parts.
     """
-    products = [
-        jnp.einsum("BTD,DHN->BTHN", x, weight[:, part])
-        for part in range(weight.shape[1])
-    ]
-    if bias is None:
-        return products
-    return [y + spread(b, y, 2, 3) for y, b in zip(products, bias, strict=True)]
+    products = []
+    for part in range(weight.shape[1]):
+        product = jnp.einsum("BTD,DHN->BTHN", x, weight[:, part])
+        if bias is not None:
+            product = product + spread(bias[part], product, 2, 3)
+        products.append(product)
+    return products
 
 
 def embed(

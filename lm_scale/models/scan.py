@@ -72,9 +72,9 @@ def _named(names: tuple[str, ...], offload: bool) -> Callable[..., Any]:
 
 
 def _dots(offload: bool) -> Callable[..., Any]:
-    """Products with weights, and what attention gives; of partial sums, their sums."""
+    """Products, those of attention in plain XLA too; of partial sums, their sums."""
     policies = jax.checkpoint_policies
-    named = _named(("residual", "attention"), offload)
+    named = _named(("residual", "products"), offload)
     products = policies.dots_with_no_batch_dims_saveable
     if offload:
         products = policies.offload_dot_with_no_batch_dims(**_TO_HOST)

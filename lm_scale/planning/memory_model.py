@@ -14,7 +14,8 @@ computes it again, it needs what remat = "none" would keep of one layer. FSDP ga
 layer's matrices in the compute type, the next layer's beside them, and makes gradients
 in f32 before they are scattered (`models.layout.gather`); the weights outside of the
 blocks are gathered in f32 (`step.gather_head`) and cast. Logits are f32 and there are
-two of them: they and their gradient (`losses.training_loss`).
+two of them: they and their gradient (`losses.training_loss`). So are the scores of
+attention, where no kernel does without (`models.blockwise`).
 
 Left out: the padding of tiles, what XLA keeps longer than it has to, and what it never
 writes down. Against the compiler (libtpu 0.0.42, 0.0.50): of the peaks of llama_160m
@@ -35,7 +36,8 @@ from jax.sharding import Mesh
 
 from lm_scale.assemble import declare_model, make_parts
 from lm_scale.config import RunConfig
-from lm_scale.models import Model
+from lm_scale.models import Model, family_of
+from lm_scale.models.blockwise import Blocks
 from lm_scale.models.layout import token_axes
 from lm_scale.planning.activations import Stack, trace_stacks
 from lm_scale.planning.compile_step import STEPS, abstract_batch, shard_bytes
@@ -127,7 +129,7 @@ class MemoryModel:
             gradients=layout.weights,
             sums=layout.weights if config.accumulate > 1 else 0,
             kept=0 if config.compute.offload else kept,
-            layer=layer + again,
+            layer=layer + again + score_bytes(config, mesh, layout.kernel),
             loss=head + 2 * logits_bytes(config, mesh),
         )
 
@@ -176,6 +178,23 @@ def weights_in_use(model: Model, mesh: Mesh) -> InUse:
         else:
             head += numbers
     return InUse(blocks // model.config.layers, head, gathered)
+
+
+def score_bytes(config: RunConfig, mesh: Mesh, kernel: str) -> int:
+    """Bytes of a device's scores of attention and their gradients in plain XLA, f32.
+
+    Those of the largest block of queries; a kernel has none.
+    """
+    if kernel != "xla":
+        return 0
+    rules, length = config.compute.rules, config.seq_len
+    rows = config.batch // config.accumulate // shards(rules, mesh, "batch")
+    heads = -(-config.model.heads // shards(rules, mesh, "act_heads"))
+    parts = shards(rules, mesh, "seq")
+    causal = family_of(config.model).causal and parts == 1
+    spans = Blocks(causal, None, 0.0).spans(length)
+    pairs = max((t.stop - t.start) * (s.stop - s.start) for t, s in spans)
+    return 2 * F32 * rows * heads * pairs // parts
 
 
 def logits_bytes(config: RunConfig, mesh: Mesh) -> int:
