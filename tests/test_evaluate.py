@@ -68,7 +68,7 @@ def place(params, mesh):
 @pytest.fixture(scope="module")
 def params():
     with jax.set_mesh(ONE):
-        make = jax.jit(lambda: init_params(MODEL, RULES, jax.random.key(0)))
+        make = jax.jit(lambda: init_params(MODEL, RULES, jax.random.key(1)))
         return {path: np.asarray(x) for path, x in flatten(make()).items()}
 
 

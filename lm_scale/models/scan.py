@@ -47,9 +47,10 @@ def scan_blocks(
 def remat_policy(compute: Compute) -> Callable[..., Any]:
     """Which values of a layer the backward pass finds, and does not compute again."""
     if compute.remat == "none":
-        # All but what comes from other devices (`layout.widen` is a custom_vjp): else
-        # the weights of every layer would be whole at one time.
-        moved = ("reshard", "custom_vjp_call")
+        # All but what comes from other devices (`layout.widen` is a custom_vjp), and
+        # parts of it (`layers.project`): else the weights of every layer would be whole
+        # at one time.
+        moved = ("reshard", "custom_vjp_call", "slice", "dynamic_slice", "squeeze")
         return lambda primitive, *_, **__: primitive.name not in moved
     if compute.remat == "dots":
         return _dots(compute.offload)
