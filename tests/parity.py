@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from lm_scale import hf
-from lm_scale.losses import IGNORE, cross_entropy
+from lm_scale.losses import IGNORE, training_loss
 from lm_scale.models import Model, ModelConfig, build_model, family_of
 from lm_scale.models.compute import Compute
 from lm_scale.models.gpt2 import GPT2Config
@@ -187,11 +187,10 @@ def ours(config: ModelConfig, inputs: Inputs, tensors: hf.Tensors) -> Result:
         def loss_and_logits(params):
             model = nnx.merge(graphdef, params)
             hidden = model(tokens, positions=positions, segments=segments)
-            sums = cross_entropy(
+            loss, _ = training_loss(
                 model.head, hidden, labels, chunk=model.compute.loss_chunk
             )
-            sums = jax.tree.map(jnp.sum, sums)
-            return sums["loss"] / sums["count"], model.head(hidden)
+            return loss / jnp.sum(labels != IGNORE), model.head(hidden)
 
         return jax.value_and_grad(loss_and_logits, has_aux=True)(params)
 

@@ -12,8 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
-from lm_scale.models import blockwise
-from lm_scale.models.blockwise import Blocks
+from lm_scale.models.blockwise import Blocks, attend
 from lm_scale.models.dropout import dropout
 from lm_scale.models.kernels import cudnn, splash
 from lm_scale.models.layout import widen
@@ -170,6 +169,6 @@ def _blockwise(q, k, v, mask: Mask, rules: Rules, heads: str, rate: float, key):
         seen = jax.reshard(seen[:, None], PartitionSpec(rows))
     # Causal by places in the row, as blocks want it.
     blocks = Blocks(mask.causal and mask.is_in_order, mask.window, rate)
-    mixed = blockwise.attend(blocks, q, k, v, seen, key)
+    mixed = attend(blocks, q, k, v, seen, key)
     mixed = jnp.reshape(mixed, (B, T, H, N), out_sharding=whole)
     return jax.reshard(mixed, rules.spec("batch", "seq", "act_heads", None))

@@ -75,7 +75,8 @@ class RMSNorm(nnx.Module):
 def gelu(x: Float[Array, "*D"]) -> Float[Array, "*D"]:
     """The exact one (Hendrycks and Gimpel 2016), in f32, as torch computes it.
 
-    `jax.nn.gelu` goes by erfc, which takes a TPU v3 three times as long as erf.
+    `jax.nn.gelu` goes by erfc, which makes a step of RoBERTa on a TPU v3 a tenth longer
+    (benchmarks/step).
     """
     x32 = x.astype(jnp.float32)
     return (0.5 * x32 * (1.0 + jax.lax.erf(x32 * 0.5**0.5))).astype(x.dtype)
