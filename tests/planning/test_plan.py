@@ -121,13 +121,14 @@ def test_a_loop_costs_what_its_layers_cost_one_by_one(planned):
     """But for the stacks in which a loop keeps what the backward pass needs.
 
     (Nothing is recomputed here: XLA finds that again, and leaves it out, where there is
-    no loop.)
+    no loop.) Within 5 %: a loop and no loop are laid out differently, 2.7 % as measured;
+    one turn of a loop too few or too many were 40 %.
     """
     loop, layers = planned(), planned(unroll=LAYERS)
     scanned, unrolled = loop.compiled.program, layers.compiled.program
     assert all(one.turns == 1 for one in unrolled.loops)
     assert (unrolled.stacking, scanned.stacking > 0.1 * scanned.cycles) == (0, True)
-    assert scanned.cycles - scanned.stacking == pytest.approx(unrolled.cycles, rel=0.02)
+    assert scanned.cycles - scanned.stacking == pytest.approx(unrolled.cycles, rel=0.05)
 
 
 def test_times_hours_and_price(planned):
