@@ -22,7 +22,8 @@ def moved(text: Text, one: Instruction, results: dict[str, str]) -> int:
     results: the types of the instructions of its computation. An estimate: what a
     fusion reads of an operand that it neither slices nor updates is all of it.
     """
-    if one.opcode in FREE or one.opcode.endswith("-done"):
+    free = one.opcode in FREE or one.opcode.endswith("-done")
+    if free or 'custom_call_target="AllocateBuffer"' in one.rest:
         return 0
     given = [results.get(x, "") for x in one.operands]
     if one.opcode == "fusion" and one.called:
@@ -42,13 +43,11 @@ def moved_by_fusion(text: Text, one: Instruction, given: list[str]) -> int:
     inside = text.computations[one.called[0]]
     results = text.results[one.called[0]]
     total, updated = 0, False
-    for x in inside:
-        if x.opcode != "parameter":
-            continue
-        operand = given[int(x.rest.partition(")")[0])]
+    for operand, x in zip(given, parameters(inside), strict=True):
         users = [user for user in inside if x.name in user.operands]
-        if users and all(user.opcode == "dynamic-slice" for user in users):
-            total += sum(slice_bytes(operand, user.result) for user in users)
+        slices = slices_of(text, inside, x)
+        if slices is not None:
+            total += sum(slice_bytes(operand, each) for each in slices)
         elif users and all(
             user.opcode == "dynamic-update-slice" and user.operands[0] == x.name
             for user in users
@@ -60,3 +59,35 @@ def moved_by_fusion(text: Text, one: Instruction, given: list[str]) -> int:
         else:
             total += hbm_bytes(operand)
     return total if updated else total + hbm_bytes(one.result)
+
+
+def slices_of(
+    text: Text, inside: list[Instruction], x: Instruction
+) -> list[str] | None:
+    """The types of the slices that a computation takes of a parameter, if no more.
+
+    A fusion inside another may be what takes them. None: it is used as a whole.
+    """
+    found: list[str] = []
+    for user in inside:
+        if x.name not in user.operands:
+            continue
+        if user.opcode == "dynamic-slice" and user.operands[0] == x.name:
+            found.append(user.result)
+            continue
+        if user.opcode != "fusion":
+            return None
+        deeper = text.computations[user.called[0]]
+        for name, given in zip(user.operands, parameters(deeper), strict=True):
+            if name == x.name:
+                slices = slices_of(text, deeper, given)
+                if slices is None:
+                    return None
+                found += slices
+    return found or None
+
+
+def parameters(inside: list[Instruction]) -> list[Instruction]:
+    """Those of a computation, in the order of what it is called with."""
+    found = [one for one in inside if one.opcode == "parameter"]
+    return sorted(found, key=lambda one: int(one.rest.partition(")")[0]))

@@ -38,6 +38,37 @@ def test_groups_are_told_by_their_mesh_axes(rest, axes):
     assert axes_of(group_of(rest, 16), MESH) == axes
 
 
+STACK = """
+%taken (p0: f32[8,4,100], p1: s32[]) -> f32[1,4,100] {
+  %p0.1 = f32[8,4,100]{2,1,0} parameter(0)
+  %p1.1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice = f32[1,4,100]{2,1,0} dynamic-slice(%p0.1, %p1.1, %zero, %zero), dynamic_slice_sizes={1,4,100}
+}
+
+%outer (p0: s32[], p1: f32[8,4,100]) -> f32[1,4,100] {
+  %p0.2 = s32[] parameter(0)
+  %p1.2 = f32[8,4,100]{2,1,0} parameter(1)
+  %inner = f32[1,4,100]{2,1,0} fusion(%p1.2, %p0.2), kind=kLoop, calls=%taken
+  ROOT %minus = f32[1,4,100]{2,1,0} negate(%inner)
+}
+
+ENTRY %main (a: f32[8,4,100], i: s32[]) -> f32[1,4,100] {
+  %a = f32[8,4,100]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %room = f32[8,4,100]{2,1,0} custom-call(), custom_call_target="AllocateBuffer"
+  ROOT %out = f32[1,4,100]{2,1,0} fusion(%i, %a), kind=kLoop, calls=%outer
+}
+"""  # noqa: E501
+
+
+def test_of_a_stack_the_slice_is_read_that_a_fusion_inside_another_takes():
+    slice_and_result = 2 * 4 * 4 * 100
+    assert read(STACK, MESH).hbm_bytes == slice_and_result + 4  # and its number
+    whole = STACK.replace("negate(%inner)", "add(%inner, %p1.2)")
+    assert read(whole, MESH).hbm_bytes == 4 * 8 * 4 * 100 + slice_and_result // 2 + 4
+
+
 LAYERS, WIDTH = 5, 1024
 
 
