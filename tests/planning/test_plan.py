@@ -121,7 +121,7 @@ def test_a_loop_costs_what_its_layers_cost_one_by_one(planned):
     """But for the stacks in which a loop keeps what the backward pass needs.
 
     (Nothing is recomputed here: XLA finds that again, and leaves it out, where there is
-    no loop.) Within 5 %: a loop and no loop are laid out differently, 2.7 % as measured;
+    no loop.) Within 5 %: a loop and no loop are laid out differently, 2.7 % as seen;
     one turn of a loop too few or too many were 40 %.
     """
     loop, layers = planned(), planned(unroll=LAYERS)
