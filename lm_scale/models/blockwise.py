@@ -22,6 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
 from lm_scale.models.dropout import dropout
+from lm_scale.models.layers import kept
 
 HIDDEN = float(jnp.finfo(jnp.float32).min)  # the score of a key that is not seen
 BLOCKS = 4  # of the queries; each adds to the program
@@ -70,27 +71,40 @@ def _forward(blocks: Blocks, q, k, v, seen, key):
     q: scaled. seen: bool [#B 1 1 T S], or None: all is seen. A query that sees nothing
     gets the plain mean of the values that its block meets, which is finite.
     """
-    means, sums, factors = [], [], blocks.factors(q, k, key)
+    q, k, v = kept(q), kept(k), kept(v)
+    products, largest, sums, factors = [], [], [], blocks.factors(q, k, key)
+    # What the weights of a query sum to comes with their product with the values: a
+    # head of 64 leaves half the lanes of a TPU free. (With dropout, not of the same.)
+    values = v if factors is not None else _with_ones(v)
     for t, s in blocks.spans(q.shape[1]):
         scores = _scores(q[:, t], k[:, s], None if seen is None else seen[..., t, s])
-        largest = jnp.max(scores, axis=-1)
-        weights = jnp.exp(scores - largest[..., None])
-        share = 1.0 / jnp.sum(weights, axis=-1)
+        largest.append(jnp.max(scores, axis=-1))
+        weights = jnp.exp(scores - largest[-1][..., None])
         if factors is not None:
+            sums.append(jnp.sum(weights, axis=-1))
             weights = weights * factors[..., t, s]
-        summed = jnp.einsum(
-            "BKJTS,BSKN->BTKJN", weights.astype(v.dtype), v[:, s],
+        products.append(jnp.einsum(
+            "BKJTS,BSKN->BTKJN", weights.astype(v.dtype), values[:, s],
             preferred_element_type=jnp.float32,
-        )  # fmt: skip
-        means.append((summed * jnp.moveaxis(share, 3, 1)[..., None]).astype(v.dtype))
-        sums.append(jnp.stack([largest, share]))
-    mean = _named(jnp.concatenate(means, axis=1))
-    return mean, (q, k, v, seen, key, mean, _named(jnp.concatenate(sums, axis=-1)))
+        ))  # fmt: skip
+    product = jnp.concatenate(products, axis=1)
+    if factors is None:
+        product, sums = product[..., :-1], [jnp.moveaxis(product[..., -1], 1, 3)]
+    share = 1.0 / jnp.concatenate(sums, axis=-1)
+    mean = _named((product * jnp.moveaxis(share, 3, 1)[..., None]).astype(v.dtype))
+    of_query = _named(jnp.stack([jnp.concatenate(largest, axis=-1), share]))
+    return mean, (q, k, v, seen, key, mean, of_query)
+
+
+def _with_ones(v: Array) -> Array:
+    """[B S K N] -> [B S K N+1]."""
+    ones = jnp.ones_like(v[..., :1])
+    return jnp.concatenate([v, ones], axis=-1)
 
 
 def _named(x: Array) -> Array:
     """For the remat policies: `dots` keeps it too, as it is made of products."""
-    return checkpoint_name(checkpoint_name(x, "attention"), "products")
+    return kept(checkpoint_name(x, "attention"))
 
 
 def _backward(blocks: Blocks, saved, d_mean):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dropout (Srivastava et al. 2014), with masks that are the same on every mesh."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,16 +18,28 @@ def split_key(key: Key[Array, ""] | None, number: int):
     return [None] * number if key is None else jax.random.split(key, number)
 
 
-def dropout(x: Float[Array, "*D"], rate: float, key: Key[Array, ""] | None):
+def dropout(
+    x: Float[Array, "*D"], rate: float, key: Key[Array, ""] | None
+) -> Float[Array, "*D"]:
     """Zeroes a share `rate` of `x` and scales the rest up; no key, no dropout.
 
     The mask depends on the key and the global shape only, never on the mesh.
     """
-    if key is None or rate == 0.0:
-        return x
+    return x if key is None or rate == 0.0 else _drop(x, key, rate)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _drop(x, key, rate):
     draws = even_draws(key, x.shape, jax.typeof(x).sharding)
     kept = draws >= np.uint32(min(round(rate * WORD), WORD - 1))
     return jnp.where(kept, x / (1.0 - rate), 0)
+
+
+# The mask is made again in the backward pass: to keep it and to read it takes longer.
+_drop.defvjp(
+    lambda x, key, rate: (_drop(x, key, rate), key),
+    lambda rate, key, dy: (_drop(dy, key, rate), None),
+)
 
 
 def even_draws(

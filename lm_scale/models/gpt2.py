@@ -23,6 +23,7 @@ from lm_scale.models.layers import (
     check_heads,
     check_shape,
     embed,
+    gelu,
     hf_matrix,
     hf_vector,
     project,
@@ -185,9 +186,7 @@ class Block(nnx.Module):
                 "BTD,DF->BTF", x, self.up[...],
                 out_sharding=rules.spec("batch", "seq", "act_mlp"),
             )  # fmt: skip
-            up = jax.nn.gelu(
-                up + spread(self.up_bias[...].astype(dtype), up), approximate=True
-            )
+            up = gelu(up + spread(self.up_bias[...].astype(dtype), up), True)
             down = jnp.einsum(
                 "BTF,FD->BTD", up, self.down[...],
                 out_sharding=sum_over("act_mlp", rules),

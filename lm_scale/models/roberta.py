@@ -186,7 +186,7 @@ class Block(nnx.Module):
                 "BTD,DF->BTF", x, self.up[...],
                 out_sharding=rules.spec("batch", "seq", "act_mlp"),
             )  # fmt: skip
-            up = gelu(up + spread(self.up_bias[...].astype(dtype), up))
+            up = gelu(up + spread(self.up_bias[...].astype(dtype), up), False)
             down = jnp.einsum(
                 "BTF,FD->BTD", up, self.down[...],
                 out_sharding=sum_over("act_mlp", rules),
@@ -257,7 +257,7 @@ class Roberta(nnx.Module):
                 out_sharding=rules.spec("batch", "seq", "act_embed"),
             )  # fmt: skip
             x = x + spread(self.dense_bias[...].astype(dtype), x)
-            x = self.head_norm(gelu(x))
+            x = self.head_norm(gelu(x, False))
             logits = jnp.einsum(
                 "BTD,VD->BTV", x, gather(self.tokens[...], self.compute),
                 preferred_element_type=jnp.float32,
