@@ -175,6 +175,11 @@ class RunConfig:
                 f"The model {type(self.model).__name__} needs the objective "
                 f"{wanted.__name__}, not {type(self.objective).__name__}."
             )
+        if self.model.layers % self.compute.unroll:
+            raise InputError(
+                f"compute.unroll = {self.compute.unroll} must divide the number of "
+                f"layers (model.layers = {self.model.layers})."
+            )
         self._check_tokenizer()
         if self.data.mixture:
             self._check_mixture()

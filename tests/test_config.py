@@ -311,6 +311,7 @@ def test_good_configs_pass():
             "guard.policy = 'rollback' .* save_every = None",
         ),
         ({"seq_len": 25}, "seq_len = 25 .*model.positions = 24"),
+        ({"compute__unroll": 5}, "compute.unroll = 5 must .*layers .model.layers = 12"),
         ({"steps": None}, "give `steps` or `epochs`"),
         ({"epochs": 1.0}, "`steps` = 10 and `epochs` = 1.0: give one"),
         ({"objective": MaskedLM()}, "GPT2Config needs the objective CausalLM"),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The same ten steps on every mesh: what tests/matrix.py trains, compared."""
 
+import dataclasses
 import itertools
 import os
 import subprocess
@@ -50,6 +51,17 @@ def test_one_device_learns(family):
 def test_accumulated_and_unrolled_on_one_device(family, accumulate, unroll):
     found = matrix.train(family, matrix.ONE, accumulate, unroll)
     assert_same(found, matrix.train(family, matrix.ONE))
+
+
+@pytest.mark.parametrize("unroll", [2, 4])
+def test_layers_two_by_two(monkeypatch, unroll):
+    """With dropout, of which each layer has a key."""
+    rates = dict.fromkeys(matrix.RATES, 0.3)
+    deep = dataclasses.replace(matrix.FAMILIES["gpt2"], layers=4, **rates)
+    monkeypatch.setitem(matrix.FAMILIES, "deep", deep)
+    layout = matrix.LAYOUTS["data=2 fsdp=2 tensor=2"]
+    found = matrix.train("deep", layout, unroll=unroll, steps=3)
+    assert_same(found, matrix.train("deep", matrix.ONE, steps=3))
 
 
 def every_mesh() -> list:

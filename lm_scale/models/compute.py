@@ -20,7 +20,8 @@ class Compute:
     # inside a block.
     remat: Literal["none", "dots", "attention", "full"] = "dots"
     offload: bool = False  # what `remat` keeps waits in the host's memory (not on CPUs)
-    unroll: int = 1  # layers that are compiled as one turn of the loop over layers
+    # Layers that are compiled as one turn of the loop over layers; divides these.
+    unroll: int = 1
     # Of gradients while they are summed over devices.
     grad_dtype: Literal["float32", "bfloat16"] = "float32"
     # What computes attention; auto: the best for the devices (see models/kernels.py).

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loop over a model's blocks, and what it keeps for the backward pass."""
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Key
 
 from lm_scale.models.compute import Compute
@@ -41,7 +44,32 @@ def scan_blocks(
     # The scan already keeps XLA from merging the two computations of a layer.
     layer = jax.checkpoint(layer, policy=remat_policy(compute), prevent_cse=False)
     weights = jax.tree.map(lambda w: shared(w, compute.rules), nnx.as_pure(weights))
-    return jax.lax.scan(layer, x, (weights, per_layer), unroll=compute.unroll)
+    inputs, unroll = (weights, per_layer), compute.unroll
+    if unroll == 1:
+        return jax.lax.scan(layer, x, inputs)
+
+    def turn(x, group):
+        made = []
+        for number in range(unroll):
+            x, outputs = layer(x, jax.tree.map(operator.itemgetter(number), group))
+            made.append(outputs)
+        return x, jax.tree.map(lambda *each: jnp.stack(each), *made)
+
+    # (The scan's own `unroll` cannot cut stacks whose type has partial sums.)
+    groups = jax.tree.map(lambda a: _regroup(a, (-1, unroll), 1), inputs)
+    turns = jax.tree.leaves(groups)[0].shape[0]
+    x, made = jax.lax.scan(turn, x, groups, unroll=turns == 1)
+    return x, jax.tree.map(lambda a: _regroup(a, (-1,), 2), made)
+
+
+def _regroup(x: Array, layers: tuple[int, ...], dims: int) -> Array:
+    """`x` with its first `dims` dimensions as these; the others stay as they are."""
+    spec = jax.typeof(x).sharding.spec
+    cut = PartitionSpec(
+        *[None] * len(layers), *spec.partitions[dims:],
+        unreduced=spec.unreduced, reduced=spec.reduced,
+    )  # fmt: skip
+    return jnp.reshape(x, (*layers, *x.shape[dims:]), out_sharding=cut)
 
 
 def remat_policy(compute: Compute) -> Callable[..., Any]:
