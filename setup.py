@@ -34,6 +34,7 @@ setup(
         "datasets>=5",
         "tokenizers>=0.22",
         "safetensors>=0.6",
+        "filelock>=3.16",  # for the limit of JAX's compilation cache
         "numpy>=2",
         "tyro>=1",
         "rich>=14",

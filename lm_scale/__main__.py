@@ -129,10 +129,12 @@ def run(command: str, argv: list[str], script: str | None) -> int:
     """One command, on all the processes that it was started on."""
     if command in ALONE:
         return COMMANDS[command](argv)
+    from lm_scale.compile_cache import keep_compiled
     from lm_scale.connect import connect
     from lm_scale.distributed import finish
 
     argv = connect(command, argv)
+    keep_compiled()
     if command in ("mlm", "clm"):
         from lm_scale.scripts.main import main
 

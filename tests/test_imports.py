@@ -15,7 +15,16 @@ PACKAGE = Path(lm_scale.__file__).parent
 # A module imports modules of the lines above its own only. `models.*` and `data.*`
 # stand for what is not named itself. `lm_scale` is the package: version, no code.
 ORDER = (
-    ("lm_scale", "console", "cpus", "errors", "hashing", "peaks", "splitmix"),
+    (
+        "lm_scale",
+        "compile_cache",
+        "console",
+        "cpus",
+        "errors",
+        "hashing",
+        "peaks",
+        "splitmix",
+    ),
     ("data.ahead",),
     ("wandb_run", "cluster", "changes", "manifest"),
     ("sharding", "objectives", "optim", "metrics", "distributed", "data", "lock"),

@@ -11,6 +11,8 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from lm_scale.compile_cache import user_cache
+
 READERS = ("hlo", "loops", "moved", "collectives", "program", "compile_step")
 
 
@@ -43,6 +45,5 @@ def write(path: Path, result: Any) -> None:
 
 
 def cache_folder() -> Path:
-    """Where plans are kept: $XDG_CACHE_HOME/lm_scale/plans, or under ~/.cache."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "lm_scale" / "plans"
+    """Where plans are kept."""
+    return user_cache("plans")
