@@ -44,7 +44,7 @@ def make_train_step(model, optimizer, shardings: TrainState, *, accumulate: int)
         whole = constrain(params[table], rules.spec("vocab", "act_embed"))
         head = nnx.merge(graphdef, params | {table: whole}).head
         labels, chunk = batch["labels"], model.compute.loss_chunk
-        return losses.cross_entropy(head, hidden, labels, chunk=chunk)["loss"].sum()
+        return losses.training_loss(head, hidden, labels, chunk=chunk)[0]
 
     def train_step(state: TrainState, batch):
         labels = jnp.sum(batch["labels"] != losses.IGNORE).astype(jnp.float32)
@@ -112,6 +112,10 @@ def split_sequence(x, chunks):
     return jnp.moveaxis(x.reshape(batch, length // chunks, chunks, *rest), 2, 0)
 
 
+def zeros(like):
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+
+
 def with_constraint(function):
     """`function`, its `out_sharding` said as a constraint."""
 
@@ -128,7 +132,7 @@ def auto_layout():
     ours = {
         "gather": gather, "shared": lambda weight, *_: weight, "spread": spread,
         "to_residual": to_residual, "from_residual": from_residual, "embed": embed,
-        "split_sequence": split_sequence,
+        "split_sequence": split_sequence, "_zeros": zeros,
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
         for module in (layers, scan, gpt2, llama, losses):
