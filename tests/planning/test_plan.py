@@ -136,13 +136,14 @@ def test_times_hours_and_price(planned):
     times, chips, program = found.times, found.chips, found.compiled.program
     assert times.cycles == program.cycles / 940e6
     assert times.kernels == 0.0 and program.kernels == 0
-    assert times.step == times.cycles + program.waited / chips.ici_bandwidth
-    assert found.tokens_per_s == 64 * 128 / times.step
-    assert found.mfu == found.flops / (8 * 61.5e12) / times.step
-    assert found.length.hours == 2 * times.step  # 7200 steps
-    assert (
-        found.length.cost == 2.0 * found.length.chip_hours == 16 * times.step * 2.0 / 2
-    )
+    waiting = program.waited / chips.ici_bandwidth
+    assert times.step == pytest.approx(times.cycles + waiting, rel=1e-12)
+    assert found.tokens_per_s == pytest.approx(64 * 128 / times.step, rel=1e-12)
+    assert found.mfu == pytest.approx(found.flops / (8 * 61.5e12) / times.step)
+    exactly = functools.partial(pytest.approx, rel=1e-12)  # but for the last digit
+    assert found.length.hours == exactly(2 * times.step)  # 7200 steps
+    assert found.length.chip_hours == exactly(4 * found.length.hours)
+    assert found.length.cost == exactly(2.0 * found.length.chip_hours)
     bounds = {"compute": times.compute, "hbm": times.hbm, "ici": times.ici}
     assert bounds[times.binds] == max(bounds.values()) < times.step
     # The gradients of all weights, summed over the 8 devices, and a few numbers.
