@@ -30,9 +30,10 @@ def cross_entropy(
 
     `head` turns hidden states into f32 logits; it runs on at most `chunk` positions of
     each sequence at a time (or one of each device that holds a part of it), so that
-    logits take chunk/T of the memory; in a backward pass it runs again. A T without
-    divisors near T/chunk makes smaller chunks, and so a slower step. The vocabulary may
-    be sharded: no logits are gathered. Positions labelled -100 are left out.
+    logits take chunk/T of the memory (and all of it where this is differentiated, which
+    is what `training_loss` is for). A T without divisors near T/chunk makes smaller
+    chunks, and so a slower step. The vocabulary may be sharded: no logits are gathered.
+    Positions labelled -100 are left out.
     """
 
     def of_chunk(hidden, labels) -> Sums:
@@ -49,7 +50,7 @@ def cross_entropy(
         return of_chunk(hidden, labels)
 
     def add(sums: Sums, inputs) -> tuple[Sums, None]:
-        return jax.tree.map(jnp.add, sums, jax.checkpoint(of_chunk)(*inputs)), None
+        return jax.tree.map(jnp.add, sums, of_chunk(*inputs)), None
 
     parts = (split_sequence(hidden, chunks), split_sequence(labels, chunks))
     zero = _zeros(jax.eval_shape(of_chunk, *(part[0] for part in parts)))

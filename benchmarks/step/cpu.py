@@ -8,11 +8,10 @@ Each loop is a process of its own; they start one after the other, and then take
 Needs torch. About a quarter of an hour on two cores.
 """
 
-import argparse
 from pathlib import Path
 
 from benchmarks.plan import markdown
-from benchmarks.step.turns import Loop, Run, ratio, serve, take_turns
+from benchmarks.step.turns import Loop, Run, arguments, measure, ratio
 from benchmarks.step.work import CPU
 from lm_scale.cpus import cpus
 
@@ -40,17 +39,6 @@ def make(asked: str, name: str) -> Run:
     return loop_of_ours.on_cpu(CPU[asked], devices)
 
 
-def measure(asked: str, rounds: int) -> dict[str, Loop]:
-    """All loops of a model, which took turns."""
-    loops = {}
-    for name in OURS + OTHERS:
-        command = ["-m", "benchmarks.step.cpu", asked, "--loop", name]
-        loops[name] = Loop(command, ENV)
-        print(f"{asked}: {name}: began in {loops[name].start:.1f} s", flush=True)
-    take_turns(loops, rounds, CPU[asked].tokens)
-    return loops
-
-
 def table(found: dict[str, dict[str, Loop]]) -> str:
     """Ratios of ours to each other loop."""
     lines = []
@@ -64,17 +52,14 @@ def table(found: dict[str, dict[str, Loop]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("models", nargs="*", help=f"{', '.join(CPU)}; all by default")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--loop", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.loop:
-        serve(make(args.models[0], args.loop))
-        return
-    models = args.models or list(CPU)
-    found = {asked: measure(asked, args.rounds) for asked in models}
-    about = f"{cpus()} cores, {args.rounds} rounds: the median (least to most)."
+    models, rounds = arguments(__doc__, CPU, make)
+    found = {
+        asked: measure(
+            "benchmarks.step.cpu", asked, CPU[asked], OURS + OTHERS, ENV, rounds
+        )
+        for asked in models
+    }
+    about = f"{cpus()} cores, {rounds} rounds: the median (least to most)."
     text = f"{table(found)}\n\n{about}"
     print(text)
     if models == list(CPU):

@@ -9,12 +9,11 @@ and its AdamW is fused. The loops take turns on the GPU, which has to hold both.
 `pip install "jax[cuda13]" torch`. Five to ten minutes.
 """
 
-import argparse
 import statistics
 from pathlib import Path
 
 from benchmarks.plan import markdown
-from benchmarks.step.turns import Loop, Run, ratio, serve, take_turns
+from benchmarks.step.turns import Loop, Run, arguments, measure, ratio
 from benchmarks.step.work import GPU, Work
 from lm_scale.peaks import GPU_PEAK
 
@@ -35,16 +34,6 @@ def make(asked: str, name: str) -> Run:
     return loop_of_torch.make(GPU[asked], compiled=True, device="cuda")
 
 
-def measure(asked: str, rounds: int) -> dict[str, Loop]:
-    """Both loops of a model, which took turns."""
-    loops = {}
-    for name in LOOPS:
-        loops[name] = Loop(["-m", "benchmarks.step.gpu", asked, "--loop", name], ENV)
-        print(f"{asked}: {name}: began in {loops[name].start:.1f} s", flush=True)
-    take_turns(loops, rounds, GPU[asked].tokens)
-    return loops
-
-
 def line(asked: str, name: str, loop: Loop, ours: Loop, peak: float) -> list[str]:
     """Of the table."""
     work: Work = GPU[asked]
@@ -57,14 +46,7 @@ def line(asked: str, name: str, loop: Loop, ours: Loop, peak: float) -> list[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("models", nargs="*", help=f"{', '.join(GPU)}; all by default")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--loop", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.loop:
-        serve(make(args.models[0], args.loop))
-        return
+    models, rounds = arguments(__doc__, GPU, make)
     import torch
 
     if not torch.cuda.is_available():
@@ -73,13 +55,12 @@ def main() -> None:
     if kind not in GPU_PEAK:
         raise SystemExit(f"{kind}: not in the table of lm_scale/peaks.py.")
     peak = GPU_PEAK[kind]
-    models = args.models or list(GPU)
     lines = []
     for asked in models:
-        loops = measure(asked, args.rounds)
+        loops = measure("benchmarks.step.gpu", asked, GPU[asked], LOOPS, ENV, rounds)
         lines += [line(asked, *item, loops["ours"], peak) for item in loops.items()]
     header = ("model", "loop", "start (s)", "tokens/s", "MFU", "ours: times as fast")
-    about = f"{kind}, {peak / 1e12:.0f} TFLOP/s, {args.rounds} rounds: the median."
+    about = f"{kind}, {peak / 1e12:.0f} TFLOP/s, {rounds} rounds: the median."
     text = f"{markdown.table(header, lines)}\n\n{about}"
     print(text)
     if models == list(GPU):

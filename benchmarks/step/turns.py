@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training loops that take turns, each in a process of its own."""
 
+import argparse
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+
+from benchmarks.step.work import Work
 
 SECONDS = 8.0  # that a turn is to take
 Run = Callable[[int], float]  # trains so many steps, and gives the last one's loss
@@ -18,7 +21,7 @@ class Loop:
     """A process that trains when it is told to; it runs `serve`."""
 
     command: list[str]  # arguments for Python
-    env: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str]
     start: float = 0.0  # seconds from its start to the end of its second step
     step: float = 0.0  # seconds, a first guess
     turns: list[float] = field(default_factory=list)  # steps a second, of each turn
@@ -66,15 +69,45 @@ def serve(run: Run) -> None:
             raise SystemExit(f"a loss of {loss}")
 
 
-def take_turns(loops: Mapping[str, Loop], rounds: int, tokens: int) -> None:
-    """One at work while the others wait, so many times over; then all end."""
+def arguments(
+    doc: str | None, works: Iterable[str], make: Callable[[str, str], Run]
+) -> tuple[list[str], int]:
+    """The models to measure (all, if none is named), and how many rounds.
+
+    Where a `Loop` started this process, it serves `make(model, loop)`, and ends.
+    """
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    parser.add_argument("models", nargs="*", help=f"{', '.join(works)}; all by default")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--loop", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    models = args.models or list(works)
+    for model in models:
+        if model not in works:
+            parser.error(f"{model!r}: there are {', '.join(works)}.")
+    if args.loop:
+        serve(make(models[0], args.loop))
+        raise SystemExit(0)
+    return models, args.rounds
+
+
+def measure(
+    module: str, name: str, work: Work, names: Iterable[str], env: Mapping[str, str],
+    rounds: int,
+) -> dict[str, Loop]:  # fmt: skip
+    """All loops of a model: one at work while the others wait, so many times over."""
+    loops = {}
+    for loop in names:
+        loops[loop] = Loop(["-m", module, name, "--loop", loop], env)
+        print(f"{name}: {loop}: began in {loops[loop].start:.1f} s", flush=True)
     for _ in range(rounds):
         for loop in loops.values():
             loop.turn()
-        speeds = {name: round(tokens * loop.turns[-1]) for name, loop in loops.items()}
+        speeds = {x: round(work.tokens * loop.turns[-1]) for x, loop in loops.items()}
         print("tokens/s:", speeds, flush=True)
     for loop in loops.values():
         loop.end()
+    return loops
 
 
 def ratio(of: Loop, to: Loop) -> str:
