@@ -417,3 +417,45 @@ def test_verify_names_what_is_damaged(corpus, gpt2, tmp_path):
 def test_verify_finds_no_store(tmp_path):
     with pytest.raises(InputError, match="no complete token store"):
         stores_at(tmp_path)
+
+
+KILLED_AT_RANDOM = """
+import os, random, shutil, signal, sys, time
+from lm_scale.data import texts, units, work
+from lm_scale.data.corpus import CorpusConfig
+from lm_scale.data.prepare import Most, prepare
+from lm_scale.data.tokenizer import load_tokenizer
+units.UNIT_BYTES, work.PART_TOKENS, texts.BATCH_DOCUMENTS = 1, 500, 70
+corpus = CorpusConfig(source=sys.argv[1], validation_fraction=0)
+tokenizer = load_tokenizer(sys.argv[2])
+
+def start(store):
+    child = os.fork()
+    if not child:
+        prepare(corpus, tokenizer, store, parts={"train": Most()}, workers=1)
+        os._exit(0)
+    return child
+
+began = time.monotonic()
+assert os.waitpid(start(sys.argv[4]), 0)[1] == 0  # to see how long it takes
+whole, moments = time.monotonic() - began, random.Random(int(sys.argv[5]))
+killed = 0
+while killed < 20:
+    child = start(sys.argv[3])
+    time.sleep(moments.random() * whole)
+    os.kill(child, signal.SIGKILL)
+    if os.WIFSIGNALED(os.waitpid(child, 0)[1]):
+        killed += 1
+    else:  # it came to its end before
+        shutil.rmtree(sys.argv[3])
+"""  # noqa: E501
+
+
+def test_killed_at_twenty_random_moments(corpus, gpt2, tmp_path):
+    """By SIGKILL, each a process of its own that goes on where the last one was."""
+    expected = made(corpus, gpt2, tmp_path / "one")
+    gpt2.save_pretrained(tmp_path / "tokenizer")
+    folders = [str(tmp_path / name) for name in ("tokenizer", "two", "three")]
+    arguments = [corpus.source, *folders, "1"]
+    subprocess.run([sys.executable, "-c", KILLED_AT_RANDOM, *arguments], check=True)
+    assert made(corpus, gpt2, tmp_path / "two") == expected
