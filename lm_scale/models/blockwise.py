@@ -3,9 +3,9 @@
 
 Queries are worked through in a few blocks, each with the keys that it can see at all:
 under a causal mask four blocks have 10/16 of all scores. The backward pass makes the
-scores anew, from queries and keys and two numbers a query: the largest score, and one
-over the sum of the weights (FlashAttention, Dao et al. 2022, section 3.1 and appendix
-B). To differentiate a softmax takes its maximum and its sum once more.
+weights anew, from queries and keys and a number a query, the logarithm of the sum that
+its weights are divided by (FlashAttention-2, Dao 2023, section 3.1); it goes by blocks of
+keys, so that of the three gradients one alone is a sum over blocks.
 
 Shapes: q [B T K J N], k and v [B S K N] with S = T, scores [B K J T S]; a block's T and
 S are shorter. J query heads share a key-value head.
@@ -39,14 +39,19 @@ class Blocks:
 
     def spans(self, length: int) -> Iterator[tuple[slice, slice]]:
         """The places of each block's queries, and of the keys that these may see."""
-        if not self.causal:
-            yield slice(0, length), slice(0, length)
-            return
-        count = max(1, min(BLOCKS, length // LEAST))
-        edges = [length * number // count for number in range(count + 1)]
-        for first, stop in itertools.pairwise(edges):
+        for first, stop in self._edges(length):
             start = 0 if self.window is None else max(0, first - self.window + 1)
             yield slice(first, stop), slice(start, stop)
+
+    def spans_of_keys(self, length: int) -> Iterator[tuple[slice, slice]]:
+        """The places of each block's keys, and of the queries that may see these."""
+        for first, stop in self._edges(length):
+            end = length if self.window is None else min(length, stop + self.window - 1)
+            yield slice(first, stop), slice(first, end)
+
+    def _edges(self, length: int) -> Iterator[tuple[int, int]]:
+        count = max(1, min(BLOCKS, length // LEAST)) if self.causal else 1
+        return itertools.pairwise(length * at // count for at in range(count + 1))
 
     def factors(self, q: Array, k: Array, key: Array | None) -> Array | None:
         """What dropout multiplies all weights by; XLA makes of it what a block uses.
@@ -92,8 +97,8 @@ def _forward(blocks: Blocks, q, k, v, seen, key):
         product, sums = product[..., :-1], [jnp.moveaxis(product[..., -1], 1, 3)]
     share = 1.0 / jnp.concatenate(sums, axis=-1)
     mean = _named((product * jnp.moveaxis(share, 3, 1)[..., None]).astype(v.dtype))
-    of_query = _named(jnp.stack([jnp.concatenate(largest, axis=-1), share]))
-    return mean, (q, k, v, seen, key, mean, of_query)
+    log_sum = _named(jnp.concatenate(largest, axis=-1) - jnp.log(share))
+    return mean, (q, k, v, seen, key, mean, log_sum)
 
 
 def _with_ones(v: Array) -> Array:
@@ -108,42 +113,42 @@ def _named(x: Array) -> Array:
 
 
 def _backward(blocks: Blocks, saved, d_mean):
-    q, k, v, seen, key, mean, of_query = saved
+    q, k, v, seen, key, mean, log_sum = saved
     length = q.shape[1]
     inner = jnp.einsum(
         "BTKJN,BTKJN->BKJT", d_mean, mean, preferred_element_type=jnp.float32
     )
     dq, dk, dv, factors = [], [], [], blocks.factors(q, k, key)
-    for t, s in blocks.spans(length):
-        visible = None if seen is None else seen[..., t, s]
-        largest, share = of_query[..., t, None]
-        probs = jnp.exp(_scores(q[:, t], k[:, s], visible) - largest) * share
+    for s, t in blocks.spans_of_keys(length):
+        probs = jnp.exp(_scores(q[:, t], k[:, s], None) - log_sum[..., t, None])
+        if seen is not None:
+            probs = jnp.where(seen[..., t, s], probs, 0.0)
+        # Written once, rounded, and read by both that need it: XLA would make it of the
+        # scores again, and write the gradient of `probs` in f32 instead.
+        probs = jax.lax.optimization_barrier(probs.astype(q.dtype))
         d_probs = jnp.einsum(
             "BTKJN,BSKN->BKJTS", d_mean[:, t], v[:, s],
             preferred_element_type=jnp.float32,
         )  # fmt: skip
+        weights = probs
         if factors is not None:
             d_probs = d_probs * factors[..., t, s]
-        d_scores = probs * (d_probs - inner[..., t, None])
-        if visible is not None:
-            d_scores = jnp.where(visible, d_scores, 0.0)
-        if factors is not None:
-            probs = probs * factors[..., t, s]
-        d_scores, probs = d_scores.astype(q.dtype), probs.astype(q.dtype)
-        dq.append(jnp.einsum("BKJTS,BSKN->BTKJN", d_scores, k[:, s]))
-        dk.append(_to_keys(d_scores, q[:, t], s, length))
-        dv.append(_to_keys(probs, d_mean[:, t], s, length))
-    dk, dv = (functools.reduce(jnp.add, parts).astype(q.dtype) for parts in (dk, dv))
-    return jnp.concatenate(dq, axis=1), dk, dv, None, None
+            weights = (probs * factors[..., t, s]).astype(q.dtype)
+        d_scores = (probs * (d_probs - inner[..., t, None])).astype(q.dtype)
+        dq.append(_part(d_scores, k[:, s], t, length))
+        dk.append(jnp.einsum("BKJTS,BTKJN->BSKN", d_scores, q[:, t]))
+        dv.append(jnp.einsum("BKJTS,BTKJN->BSKN", weights, d_mean[:, t]))
+    dq = functools.reduce(jnp.add, dq).astype(q.dtype)
+    return dq, jnp.concatenate(dk, axis=1), jnp.concatenate(dv, axis=1), None, None
 
 
-def _to_keys(weights, queries, span: slice, length: int) -> Array:
-    """A block's part of a gradient of all keys or values, f32 [B S K N]."""
+def _part(d_scores, keys, span: slice, length: int) -> Array:
+    """What a block of keys adds to the gradient of all queries, f32 [B T K J N]."""
     part = jnp.einsum(
-        "BKJTS,BTKJN->BSKN", weights, queries, preferred_element_type=jnp.float32
+        "BKJTS,BSKN->BTKJN", d_scores, keys, preferred_element_type=jnp.float32
     )
     around = (span.start, length - span.stop)
-    return jnp.pad(part, ((0, 0), around, (0, 0), (0, 0)))
+    return jnp.pad(part, ((0, 0), around, (0, 0), (0, 0), (0, 0)))
 
 
 attend = jax.custom_vjp(lambda *inputs: _forward(*inputs)[0], nondiff_argnums=(0,))
