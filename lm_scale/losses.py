@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from lm_scale.objectives import IGNORE
 
+SMALL = 1e-20  # what f32 can't show beside a sum of so much is far from it
 Sums = dict[str, Float[Array, "..."]]  # "loss", "correct", "count"
 
 
@@ -123,8 +124,38 @@ def _losses(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Array:
     vocab = jnp.arange(logits.shape[-1])
     at_label = vocab == labels[..., None]  # a lookup that works on sharded logits
     label_logit = jnp.sum(jnp.where(at_label, logits, 0.0), -1)
-    losses = jax.nn.logsumexp(logits, -1) - label_logit
+    losses = _log_sum(logits) - label_logit
     return losses * (labels != IGNORE).astype(jnp.float32)
+
+
+@jax.custom_vjp
+def _log_sum(logits: Float[Array, "B T V"]) -> Float[Array, "B T"]:
+    """log(sum(exp(logits))), f32.
+
+    Without their largest, for which the logits would be read once more: with a sum that
+    needs no other before it, XLA for TPUs makes both in the pass that makes the logits.
+    Centred logits can't be too small for that, as exp is convex: their sum is V at
+    least. Where it is too large for f32, or the logits are not centred and it's too
+    small, all are made with the largest after all.
+    """
+    sums = jnp.sum(jnp.exp(logits), -1)
+    within = jnp.all((sums > SMALL) & (sums < jnp.inf))
+    return jax.lax.cond(
+        within, lambda: jnp.log(sums), lambda: jax.nn.logsumexp(logits, -1)
+    )
+
+
+def _log_sum_forward(logits):
+    log_sum = _log_sum(logits)
+    return log_sum, (logits, log_sum)
+
+
+def _log_sum_backward(saved, gradient):
+    logits, log_sum = saved
+    return (jnp.exp(logits - log_sum[..., None]) * gradient[..., None],)
+
+
+_log_sum.defvjp(_log_sum_forward, _log_sum_backward)
 
 
 def _chunks(hidden: Float[Array, "B T D"], chunk: int) -> int:

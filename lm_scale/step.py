@@ -5,6 +5,7 @@ Nothing here knows how many devices there are. Under `jax.set_mesh` the arrays' 
 say where they live, and the same function runs data-parallel or model-parallel.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -279,10 +280,10 @@ def apply(
     batch: Batch,
     key: Key[Array, ""] | None = None,
 ):
-    """Hidden states, the head that makes logits of them, and the labels, in one order.
+    """Hidden states, the head that makes logits of them (centred), and the labels.
 
-    Of all places, or of `masked_positions` if the batch has them. The head's weights
-    are gathered here, once for all chunks of the loss.
+    All in one order; of all places, or of `masked_positions` if the batch has them. The
+    head's weights are gathered here, once for all chunks of the loss.
     """
     model = nnx.merge(graphdef, params)
     batch, positions = lay_out(model, batch)
@@ -295,7 +296,8 @@ def apply(
             hidden, labels, batch["masked_positions"], model.compute.rules
         )
     whole = gather_head(params, model.compute)
-    return hidden, nnx.merge(graphdef, whole).head, labels
+    head = functools.partial(nnx.merge(graphdef, whole).head, centre=True)
+    return hidden, head, labels
 
 
 def lay_out(

@@ -140,6 +140,28 @@ def test_sharded_over_eight_devices(chunked, mesh, length, chunk):
     assert_same(result, plain(*inputs))
 
 
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+@pytest.mark.parametrize("offset", [-1000.0, -100.0, 0.0, 80.0, 1000.0])
+def test_logits_that_are_not_centred_or_far_apart(chunked, offset, scale):
+    """Sums of exp that f32 doesn't hold, or holds none of, in one chunk or in all."""
+    hidden, labels, matrix = example(15, 23)
+    hidden[0] *= scale
+    inputs = np.append(hidden, np.ones_like(hidden[..., :1]), -1), labels
+    matrix = np.append(matrix, np.full((1, 23), offset, np.float32), 0)
+    with one_device():
+        result = chunked(*inputs, matrix, 5)
+    (loss, sums), gradients = jax.device_get(result)
+    expected, correct, count, expected_gradients = plain(*inputs, matrix)
+    # A logit of 1000 is rounded by 3e-5, and so is all that comes of it.
+    close = {"rtol": 1e-4, "atol": 1e-3 if abs(offset) == 1000 else 1e-4}
+    np.testing.assert_allclose([loss, sums["loss"]], expected, **close)
+    # But for the gradients of what makes the offset: probabilities that sum to 1, less
+    # 1, times the offset.
+    for theirs, ours in zip(expected_gradients, gradients, strict=True):
+        real = np.s_[..., :WIDTH] if theirs.ndim == 3 else np.s_[:WIDTH]
+        np.testing.assert_allclose(ours[real], theirs[real], **close)
+
+
 @pytest.mark.parametrize("chunk", [5, 15])
 def test_nothing_to_predict(chunked, chunk):
     hidden, labels, matrix = example(15, 23)

@@ -3,9 +3,9 @@
 
 Queries are worked through in a few blocks, each with the keys that it can see at all:
 under a causal mask four blocks have 10/16 of all scores. The backward pass makes the
-weights anew, from queries and keys and a number a query, the logarithm of the sum that
-its weights are divided by (FlashAttention-2, Dao 2023, section 3.1); it goes by blocks of
-keys, so that of the three gradients one alone is a sum over blocks.
+weights anew, from queries, keys and one number a query, the logarithm of the sum that
+its weights are divided by (FlashAttention-2, Dao 2023, section 3.1). It goes by blocks
+of keys, so that of the three gradients one alone is a sum over blocks.
 
 Shapes: q [B T K J N], k and v [B S K N] with S = T, scores [B K J T S]; a block's T and
 S are shorter. J query heads share a key-value head.

@@ -20,6 +20,7 @@ from lm_scale.models.compute import Compute
 from lm_scale.models.dropout import dropout, split_key
 from lm_scale.models.layers import (
     LayerNorm,
+    centred,
     check_heads,
     check_shape,
     embed,
@@ -245,11 +246,14 @@ class GPT2(nnx.Module):
         rows = shared(rows, rules, rules.spec("residual_seq", None))
         return x + spread(rows, x)
 
-    def head(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Next-token logits, f32."""
+    def head(
+        self, hidden: Float[Array, "B T D"], *, centre: bool = False
+    ) -> Float[Array, "B T V"]:
+        """Next-token logits, f32. centre: those of a token have the mean 0."""
         with jax.named_scope("head"):
+            table = centred(self.tokens[...]) if centre else self.tokens[...]
             return jnp.einsum(
-                "BTD,VD->BTV", hidden, gather(self.tokens[...], self.compute),
+                "BTD,VD->BTV", hidden, gather(table, self.compute),
                 preferred_element_type=jnp.float32,
                 out_sharding=self.compute.rules.spec("batch", "seq", "act_vocab"),
             )  # fmt: skip

@@ -20,6 +20,7 @@ from lm_scale.models.attention import Cache, Mask, attention
 from lm_scale.models.compute import Compute
 from lm_scale.models.layers import (
     RMSNorm,
+    centred,
     check_heads,
     check_shape,
     embed,
@@ -358,12 +359,15 @@ class Llama(nnx.Module):
             positions, config.head_dim, config.rope_theta, config.rope_scaling
         )
 
-    def head(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Next-token logits, f32."""
-        table = self.tokens if self.config.tied else self.output
+    def head(
+        self, hidden: Float[Array, "B T D"], *, centre: bool = False
+    ) -> Float[Array, "B T V"]:
+        """Next-token logits, f32. centre: those of a token have the mean 0."""
+        output = self.tokens if self.config.tied else self.output
         with jax.named_scope("head"):
+            table = centred(output[...]) if centre else output[...]
             return jnp.einsum(
-                "BTD,VD->BTV", hidden, gather(table[...], self.compute),
+                "BTD,VD->BTV", hidden, gather(table, self.compute),
                 preferred_element_type=jnp.float32,
                 out_sharding=self.compute.rules.spec("batch", "seq", "act_vocab"),
             )  # fmt: skip

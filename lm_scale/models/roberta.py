@@ -20,6 +20,7 @@ from lm_scale.models.compute import Compute
 from lm_scale.models.dropout import dropout, split_key
 from lm_scale.models.layers import (
     LayerNorm,
+    centred,
     check_heads,
     check_shape,
     embed,
@@ -248,8 +249,13 @@ class Roberta(nnx.Module):
         places = positions + (pad_id + 1)  # where the table begins
         return x + token_type + embed(self.positions, places, self.compute)
 
-    def head(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Logits of the token that stood at each position, f32."""
+    def head(
+        self, hidden: Float[Array, "B T D"], *, centre: bool = False
+    ) -> Float[Array, "B T V"]:
+        """Logits of the token that stood at each position, f32.
+
+        centre: those of a token have the mean 0.
+        """
         dtype, rules = hidden.dtype, self.compute.rules
         with jax.named_scope("head"):
             x = jnp.einsum(
@@ -258,12 +264,15 @@ class Roberta(nnx.Module):
             )  # fmt: skip
             x = x + spread(self.dense_bias[...].astype(dtype), x)
             x = self.head_norm(gelu(x, False))
+            table, bias = self.tokens[...], self.head_bias[...]
+            if centre:
+                table, bias = centred(table), centred(bias)
             logits = jnp.einsum(
-                "BTD,VD->BTV", x, gather(self.tokens[...], self.compute),
+                "BTD,VD->BTV", x, gather(table, self.compute),
                 preferred_element_type=jnp.float32,
                 out_sharding=rules.spec("batch", "seq", "act_vocab"),
             )  # fmt: skip
-            return logits + spread(self.head_bias[...], logits)
+            return logits + spread(bias, logits)
 
 
 _LAYER = "roberta.encoder.layer.{layer}."

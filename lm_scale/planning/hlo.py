@@ -18,6 +18,7 @@ COMPUTATION = re.compile(r"^(ENTRY )?%(\S+) \(.*\{$")
 INSTRUCTION = re.compile(r"^  (?:ROOT )?%(\S+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
 ARRAY = re.compile(r"\b([a-z]+\d+\w*|pred)\[([\d,]*)\](\{[^}]*\})?")
 CALLED = re.compile(r"\b(?:calls|to_apply|async_computation)=%([^\s,]+)")
+BRANCH = re.compile(r"\b(?:true|false)_computation=(%[^\s,]+)")
 TABLE = re.compile(r"^(FileNames|FunctionNames|FileLocations|StackFrames)$")
 ENTRY_OF_TABLE = re.compile(r"^(\d+) (.*)$")
 
@@ -40,6 +41,13 @@ class Instruction:
     def called(self) -> list[str]:
         """The computations that it runs once."""
         return CALLED.findall(self.rest)
+
+    @property
+    def branches(self) -> list[str]:
+        """The computations of which a conditional runs one."""
+        listed = re.search(r"branch_computations=\{([^}]*)\}", self.rest)
+        named = listed[1] if listed else " ".join(BRANCH.findall(self.rest))
+        return re.findall(r"%([^\s,]+)", named)
 
     @property
     def cycles(self) -> int:

@@ -2,7 +2,8 @@
 """What the text of a program compiled for TPUs says: cycles, bytes, what devices send.
 
 XLA's own cost analysis counts the body of a loop once. Here it counts as often as the
-loop turns: the constant that the loop's condition compares its counter with.
+loop turns: the constant that the loop's condition compares its counter with. Of a
+conditional the lightest branch counts.
 """
 
 import collections
@@ -178,6 +179,8 @@ class Reader:
             elif one.opcode in ("call", "async-start"):
                 for called in one.called:
                     self.walk(called, times, loop, seen)
+            elif one.opcode == "conditional":
+                self.walk(self.lightest(one), times, loop, seen)
             elif one.opcode == "fusion":
                 for called in one.called:
                     self.look_inside(called, times, seen)
@@ -185,6 +188,13 @@ class Reader:
                 self.kernels += times
             else:
                 self.add_collective(one, name, times, waits="-start" not in one.opcode)
+
+    def lightest(self, one: Instruction) -> str:
+        """The branch that takes least: the others are for what hardly ever happens."""
+        return min(
+            one.branches,
+            key=lambda name: sum(x.cycles for x in self.text.computations[name]),
+        )
 
     def turn(self, one: Instruction, times: int, seen: set) -> None:
         """A loop: its body as often as it turns."""

@@ -11,7 +11,7 @@ from parity import one_device
 
 from lm_scale.models.compute import Compute
 from lm_scale.models.dropout import dropout
-from lm_scale.models.layers import gelu, layer_norm
+from lm_scale.models.layers import centred, gelu, layer_norm
 from lm_scale.models.layout import shared
 from lm_scale.models.scan import remat_policy
 from lm_scale.sharding import MeshShape, Rules, make_mesh
@@ -94,6 +94,28 @@ def test_gelu_and_its_slope_are_those_of_torch(approximate):
     np.testing.assert_allclose(ours[0], value.detach(), rtol=2e-6, atol=2e-6)
     # Where tanh is nearly 1, one less its square has few digits, in jax as in torch.
     np.testing.assert_allclose(ours[1], theirs.grad, rtol=2e-5, atol=2e-5)
+
+
+def test_gelu_in_bf16_is_that_of_torch_to_a_digit_of_bf16():
+    torch = pytest.importorskip("torch")
+    every = jnp.arange(2**16, dtype=jnp.uint16).view(jnp.bfloat16)  # that there is
+    x = every[jnp.isfinite(every)]
+    theirs = torch.tensor(np.asarray(x, np.float64), requires_grad=True)
+    value = torch.nn.functional.gelu(theirs)
+    value.sum().backward()
+    ours = with_gradients(lambda a: gelu(a, False), x, gradient=np.ones(x.shape))
+    tiny = {"rtol": 2**-8, "atol": 3e-5}  # half of the last digit, and the fit's error
+    np.testing.assert_allclose(ours[0].astype("f"), value.detach(), **tiny)
+    tiny["atol"] = 1.2e-4
+    np.testing.assert_allclose(ours[1].astype("f"), theirs.grad, **tiny)
+
+
+@pytest.mark.parametrize("shape", [(9, WIDTH), (9,)])
+def test_centred_rows_have_the_mean_0_and_the_gradient_that_they_had(shape):
+    weight, gradient = 5 + normals(*shape), normals(*shape, seed=1)
+    value, slope = with_gradients(centred, weight, gradient=gradient)
+    np.testing.assert_allclose(value, weight - weight.mean(0), atol=1e-5)
+    np.testing.assert_array_equal(slope, gradient)
 
 
 def test_dropout_drops_the_gradient_where_it_dropped_the_value():

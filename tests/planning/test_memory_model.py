@@ -65,8 +65,8 @@ def test_what_a_step_is_given_is_exact(estimate, rules, mesh):
 # Numbers that a layer keeps of a token: its input; what the policy adds to it. What the
 # mlp makes is a part of the next layer's input, and not kept besides.
 PROJECTED = HEADS * HEAD_DIM
-# What attention gives, and two numbers in f32 for each query and head.
-ATTENDED = PROJECTED + 2 * 2 * HEADS
+# What attention gives, and a number in f32 for each query and head.
+ATTENDED = PROJECTED + 2 * HEADS
 KEPT = {
     "full": WIDTH,
     "attention": WIDTH + ATTENDED,

@@ -123,3 +123,25 @@ def test_a_loop_whose_turns_cannot_be_told_is_said_to_be_one(gathering):
     (right,) = [one for one in known.loops if one.name]
     assert (loop.turns, loop.known) == (1, False)
     assert loop.cycles * LAYERS == right.cycles
+
+
+def test_of_a_conditional_the_lightest_branch_counts():
+    """On one core of a v3: once all of both products, once the lighter one alone."""
+    pytest.importorskip("libtpu", reason="libtpu, the compiler for TPUs, is missing")
+    mesh = make_mesh(MeshShape(), topology_devices(find_slice("v3-8"))[:1])
+    a = jax.ShapeDtypeStruct(
+        (WIDTH, WIDTH), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec())
+    )
+
+    def thrice(a):
+        return a @ (a @ (a @ a))
+
+    def either(a):
+        return jax.lax.cond(a[0, 0] > 0, thrice, lambda a: a @ a, a)
+
+    def cycles(function):
+        with jax.set_mesh(mesh), quiet(), uncached():
+            return read(jax.jit(function).lower(a).compile().as_text(), {}).cycles
+
+    one, three = cycles(lambda a: a @ a), cycles(thrice)
+    assert one <= cycles(either) <= 1.2 * one < three
