@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TPU slices by name: their topology for the compiler, and what their makers publish.
+"""TPU slices and GPUs by name: the compiler's topology, what their makers publish.
 
 A figure that is not published is None, and what would follow from it is left out.
 """
@@ -8,9 +8,10 @@ import re
 from dataclasses import dataclass
 
 from lm_scale.errors import InputError
-from lm_scale.peaks import TPU_CORE_PEAK
+from lm_scale.peaks import GPU_PEAK, TPU_CORE_PEAK
 
 GIB = 2**30
+NODE = 8  # GPUs that NVLink joins
 
 
 @dataclass(frozen=True)
@@ -23,17 +24,24 @@ class Generation:
     cores: int  # TensorCores of a chip
     devices: int  # JAX devices of a chip, as libtpu compiles for it
     kind: str  # `device_kind`
-    dimensions: int  # of the torus or mesh that the chips make
+    dimensions: int  # of the torus or mesh that the chips make; 0: they are GPUs
     hbm: float  # bytes
-    usable: float | None  # bytes of a device's HBM that the compiler gives programs
+    usable: float | None  # bytes of a device's HBM that programs get
     hbm_bandwidth: float | None  # bytes/s
-    ici_bandwidth: float | None  # bytes/s that a chip sends, over all its links
+    ici_bandwidth: float | None  # bytes/s that a chip sends, over all ICI or NVLink
     clock: float | None  # Hz
     note: str = ""  # what one should know of how libtpu compiles for it
 
     @property
+    def is_gpu(self) -> bool:
+        """If XLA compiles for it only where there is one."""
+        return self.dimensions == 0
+
+    @property
     def peak(self) -> float:
         """FLOP/s of a JAX device, dense bf16."""
+        if self.is_gpu:
+            return GPU_PEAK[self.kind]
         return TPU_CORE_PEAK[self.kind] * self.cores / self.devices
 
 
@@ -69,6 +77,32 @@ GENERATIONS = (
     Generation("tpu7x", ("tpu7x", "7x"), True, 2, 2, "TPU7x", 3,
                192 * GIB, None, None, None, None),
 )  # fmt: skip
+# NVIDIA's data sheets: A100 (both SXM boards), H100 (SXM5), H200, L4, L40S. Of NVLink
+# they tell both directions together: half is what a GPU sends. Memory: what the driver
+# shows of it; JAX takes three quarters unless XLA_PYTHON_CLIENT_MEM_FRACTION says
+# otherwise.
+FRACTION = 0.75
+FRACTION_NOTE = (
+    f"JAX gives programs {FRACTION:.0%} of a GPU's memory, unless "
+    f"XLA_PYTHON_CLIENT_MEM_FRACTION=.92, say, is set"
+)
+
+
+def _gpu(name: str, kind: str, hbm: float, bandwidth: float, nvlink: float | None):
+    return Generation(
+        name, (name,), False, 1, 1, kind, 0, hbm * GIB, FRACTION * hbm * GIB, bandwidth,
+        nvlink, None, FRACTION_NOTE,
+    )  # fmt: skip
+
+
+GPUS = (
+    _gpu("a100", "NVIDIA A100-SXM4-40GB", 39.6, 1555e9, 300e9),
+    _gpu("a100-80gb", "NVIDIA A100-SXM4-80GB", 79.6, 2039e9, 300e9),
+    _gpu("h100", "NVIDIA H100 80GB HBM3", 79.6, 3350e9, 450e9),
+    _gpu("h200", "NVIDIA H200", 139.8, 4800e9, 450e9),
+    _gpu("l4", "NVIDIA L4", 22.5, 300e9, None),
+    _gpu("l40s", "NVIDIA L40S", 44.9, 864e9, None),
+)
 # Chips along each dimension; the pages' tables of slices.
 SQUARES = {
     1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16",
@@ -82,11 +116,12 @@ CUBES = {
 LARGEST = {"v2": 256, "v3": 1024, "v4": 4096, "v5e": 256, "v5p": 6144, "v6e": 256,
            "tpu7x": 4096}  # fmt: skip  # chips of a slice
 EXAMPLES = "v3-8, v4-128, v5e-256 (or v5litepod-256), v5p-512, v6e-64, tpu7x-128"
+GPU_EXAMPLES = "a100-8, a100-80gb-8, h100-8, h200-8, l4-1, l40s-4"
 
 
 @dataclass(frozen=True)
 class Slice:
-    """So many chips of a generation, all connected with one another."""
+    """So many chips of a generation, all connected with one another; or GPUs."""
 
     name: str
     generation: Generation
@@ -94,7 +129,9 @@ class Slice:
 
     @property
     def topology(self) -> str:
-        """As `jax.experimental.topologies` takes it."""
+        """As `jax.experimental.topologies` takes it; none of GPUs."""
+        if self.generation.is_gpu:
+            return ""
         shapes = SQUARES if self.generation.dimensions == 2 else CUBES
         return f"{self.generation.name}:{shapes[self.chips]}"
 
@@ -120,7 +157,12 @@ class Slice:
 
     @property
     def ici_bandwidth(self) -> float | None:
-        """Bytes/s that a device can send to others of the slice, all links together."""
+        """Bytes/s that a device can send to others of the slice, all links together.
+
+        None where nodes of GPUs are joined by a network of which nothing is known.
+        """
+        if self.generation.is_gpu and self.chips > NODE:
+            return None
         return self._share(self.generation.ici_bandwidth)
 
     def _share(self, of_chip: float | None) -> float | None:
@@ -128,12 +170,15 @@ class Slice:
 
 
 def find_slice(name: str) -> Slice:
-    """The slice of a name such as v3-8, v5e-16 or v5litepod-16.
+    """The slice of a name such as v3-8, v5e-16, v5litepod-16 or, of GPUs, h100-8.
 
     Raises InputError for an unknown generation or a size that it does not come in.
     """
-    found = re.fullmatch(r"([a-z0-9]+)-(\d+)", name.strip().lower())
+    found = re.fullmatch(r"([a-z0-9-]+)-(\d+)", name.strip().lower())
     prefix, number = (found[1], int(found[2])) if found else (name, 0)
+    for generation in GPUS:
+        if prefix in generation.prefixes and number:
+            return Slice(f"{prefix}-{number}", generation, number)
     for generation in GENERATIONS:
         if prefix not in generation.prefixes:
             continue
@@ -151,5 +196,5 @@ def find_slice(name: str) -> Slice:
         return Slice(f"{prefix}-{number}", generation, sizes[number])
     raise InputError(
         f"slice {name!r} is not known. Expected a TPU generation and a size, such as "
-        f"{EXAMPLES}."
+        f"{EXAMPLES}; or a GPU and a number: {GPU_EXAMPLES}."
     )

@@ -13,7 +13,6 @@ from lm_scale.errors import InputError
 from lm_scale.planning.candidates import REMATS
 from lm_scale.planning.compare import compare, measured, print_comparison
 from lm_scale.planning.kept import cache_folder
-from lm_scale.planning.libtpu import check_compiler
 from lm_scale.planning.plan import make_plan, to_json
 from lm_scale.planning.report import print_plan
 from lm_scale.planning.search import BUDGET
@@ -30,8 +29,11 @@ usage: lm-scale plan CONFIG [--slice NAME] [--json] [--price X] [--field value .
 
 Compiles the train step of a config file for TPUs, of which there need be none, and
 says whether it fits, how long a step and the run take, and what it spends the time on.
+For GPUs it says what a step holds, and the least that it takes: compiled if they are
+here, else reckoned.
 
-  --slice NAME  v3-8, v4-128, v5e-256, v5p-512, v6e-64 ...; else the config's `slice`
+  --slice NAME  v3-8, v4-128, v5e-256, v5p-512, v6e-64 ..., h100-8, a100-80gb-8 ...;
+                else the config's `slice`
   --mesh AXES   data=-1,fsdp=4, say; or --mesh.fsdp 4
   --json        the same as JSON
   --price X     of a chip-hour, in any currency: adds what the run costs
@@ -67,7 +69,6 @@ def plan_command(argv: list[str], console: Console) -> int:
         return 0
     options, words = parse(argv)
     config = config_of(options, words)
-    check_compiler()
     if options.search:
         fits = search_command(config, words, options, console)
     else:

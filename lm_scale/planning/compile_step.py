@@ -23,6 +23,7 @@ from lm_scale.config import RunConfig
 from lm_scale.objectives import NoiseKeys, Vocabulary
 from lm_scale.planning import kept
 from lm_scale.planning.accelerators import GIB, Slice
+from lm_scale.planning.gpus import gpu_devices
 from lm_scale.planning.libtpu import quiet, topology_devices, uncached
 from lm_scale.planning.program import Program, read
 from lm_scale.run_json import from_dict, to_dict
@@ -78,12 +79,13 @@ class CompiledStep:
     memory: Memory | None
     failure: Failure | None
     seconds: float  # that lowering and compiling took
-    made_by: str  # versions of jax and libtpu
+    made_by: str  # versions of jax and of the compiler
 
 
 def slice_mesh(config: RunConfig, chosen: Slice) -> Mesh:
     """The config's mesh over the devices of a slice; InputError if it does not fit."""
-    return make_mesh(config.mesh, topology_devices(chosen))
+    of = gpu_devices if chosen.generation.is_gpu else topology_devices
+    return make_mesh(config.mesh, of(chosen))
 
 
 def abstract_batch(config: RunConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -133,7 +135,7 @@ def compile_step(
     """
     begun = time.monotonic()
     lowered, arguments = lower_step(config, mesh, steps)
-    made_by = f"jax {version('jax')}, libtpu {version('libtpu')}"
+    made_by = f"jax {version('jax')}, {compiler_of(mesh)}"
     path = None
     if cache is not None:
         path = cache / f"{kept.key_of(lowered.as_text(), mesh, options, made_by)}.json"
@@ -148,7 +150,7 @@ def compile_step(
     except jax.errors.JaxRuntimeError as error:
         failure = explain_failure(error)
     else:
-        assert text is not None  # a program of libtpu has one
+        assert text is not None  # a program of XLA's has one
         program = read(text, dict(mesh.shape))
         memory = memory_of(compiled.memory_analysis(), arguments)
     result = CompiledStep(
@@ -157,6 +159,15 @@ def compile_step(
     if path is not None:
         kept.write(path, to_dict(result))
     return result
+
+
+def compiler_of(mesh: Mesh) -> str:
+    """What compiles for the mesh's devices, with its version."""
+    device = mesh.devices.flat[0]
+    if device.platform == "tpu":
+        return f"libtpu {version('libtpu')}"
+    told = " ".join(device.client.platform_version.split())
+    return f"XLA for {device.device_kind} ({told})"
 
 
 def lower_step(

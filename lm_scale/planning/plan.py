@@ -7,12 +7,15 @@
 
 Beside it stand three bounds that no step can be faster than: the model's FLOPs at the
 peak, the bytes that the program moves at HBM's bandwidth, and those that a device sends
-at that of all its links.
+at that of all its links. For GPUs the bounds are all that there is. Where the GPUs are
+not here, there is no program either: memory and bytes are those of memory_model.py and
+time_model.py.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -23,10 +26,14 @@ from lm_scale.data.tokenizer import load_tokenizer
 from lm_scale.errors import InputError
 from lm_scale.planning.accelerators import Slice, find_slice
 from lm_scale.planning.compile_step import (
+    Arguments,
     CompiledStep,
     compile_step,
     slice_mesh,
 )
+from lm_scale.planning.gpus import AbsentGpu
+from lm_scale.planning.memory_model import Estimate, MemoryModel, score_bytes
+from lm_scale.planning.time_model import attention_flops, hbm_bytes, sent_bytes
 from lm_scale.run_json import from_dict, to_dict
 from lm_scale.run_text import open_source
 from lm_scale.shapes import parameter_count
@@ -100,7 +107,8 @@ class Plan:
     flops: float  # the model's, of a step
     fits: bool
     compiled: CompiledStep
-    times: Times | None  # None: there is no program
+    reckoned: Estimate | None  # GPUs that are not here: in place of a program
+    times: Times | None  # None: the program cannot be compiled
     tokens_per_s: float | None  # of all devices together
     mfu: float | None
     length: Length
@@ -114,6 +122,8 @@ class Plan:
         Below 0: at least so many are missing (the compiler may count temporaries only).
         """
         memory, failure = self.compiled.memory, self.compiled.failure
+        if self.reckoned is not None:
+            return self.chips.usable_hbm - self.reckoned.peak
         if memory is not None:
             return self.chips.usable_hbm - memory.peak - memory.code
         if failure is None or failure.needed is None or failure.available is None:
@@ -132,19 +142,28 @@ def make_plan(
     """The plan of a config for a slice; None: that of `config.slice`.
 
     price: of a chip-hour. cache, tell: see `compile_step`. Raises InputError for a
-    slice that is not known, a mesh or batch that cannot be cut for it, or if there is
-    no libtpu.
+    slice that is not known, a mesh or batch that cannot be cut for it, or if it is of
+    TPUs and there is no libtpu.
     """
     chosen = choose_slice(config, slice_name)
     if price is not None and not 0 <= price < math.inf:
         raise InputError(f"--price {price}: expected the price of a chip-hour.")
     mesh = slice_mesh(config, chosen)
     steps, why = count_steps(config, mesh)
-    compiled = compile_step(config, mesh, steps=steps, cache=cache, tell=tell)
+    reckoned = None
+    if isinstance(mesh.devices.flat[0], AbsentGpu):
+        reckoned = reckon(config, mesh)
+        compiled = not_compiled(reckoned)
+    else:
+        compiled = compile_step(config, mesh, steps=steps, cache=cache, tell=tell)
     _, attention = config.choose_attention(mesh)
     tokens = config.batch * config.seq_len
     flops = tokens * flops_per_token(config)
-    times = estimate(config, chosen, compiled, tokens, flops)
+    if reckoned is None:
+        times = estimate(config, chosen, compiled, tokens, flops)
+    else:
+        moved, sent = hbm_bytes(config, reckoned), sent_bytes(config, mesh, reckoned)
+        times = bounds(chosen, flops, moved, sent)
     step = times.step if times else None
     hours = None if steps is None or step is None else steps * step / 3600
     chip_hours = None if hours is None else hours * chosen.chips
@@ -156,8 +175,10 @@ def make_plan(
         weights=parameter_count(config.model),
         tokens=tokens,
         flops=flops,
-        fits=compiled.failure is None,
+        fits=compiled.failure is None
+        and (reckoned is None or reckoned.peak <= chosen.usable_hbm),
         compiled=compiled,
+        reckoned=reckoned,
         times=times,
         tokens_per_s=tokens / step if step else None,
         mfu=times.compute / step if times and step else None,
@@ -192,36 +213,59 @@ def estimate(
     program = compiled.program
     if program is None:
         return None
-    peak = chosen.devices * chosen.generation.peak
+    least = bounds(chosen, flops, program.hbm_bytes, program.sent)
     clock, links = chosen.generation.clock, chosen.ici_bandwidth
-    cycles = program.cycles / clock if clock else None
+    if clock is None:
+        return least
+    cycles = program.cycles / clock
+    peak = chosen.devices * chosen.generation.peak
     kernels = tokens * attention_flops(config) / peak if program.kernels else 0.0
     waiting = program.waited / links if links else 0.0
-    bounds = {
-        "compute": flops / peak,
-        "hbm": _over(program.hbm_bytes, chosen.hbm_bandwidth),
-        "ici": _over(program.sent, links),
-    }
-    return Times(
-        step=None if cycles is None else cycles + kernels + waiting,
-        cycles=cycles, kernels=kernels, waiting=waiting,
-        compute=flops / peak, hbm=bounds["hbm"], ici=bounds["ici"],
-        binds=max(bounds, key=lambda name: bounds[name] or 0.0),
+    return replace(
+        least, step=cycles + kernels + waiting, cycles=cycles, kernels=kernels,
+        waiting=waiting,
     )  # fmt: skip
+
+
+def bounds(chosen: Slice, flops: float, moved: float, sent: float) -> Times:
+    """The bounds of a step, and no estimate of it.
+
+    flops: of all devices; moved, sent: bytes of one, through its HBM and its links.
+    """
+    compute = flops / (chosen.devices * chosen.generation.peak)
+    hbm = _over(moved, chosen.hbm_bandwidth)
+    ici = _over(sent, chosen.ici_bandwidth)
+    each = {"compute": compute, "hbm": hbm or 0.0, "ici": ici or 0.0}
+    return Times(
+        step=None, cycles=None, kernels=0.0, waiting=0.0, compute=compute, hbm=hbm,
+        ici=ici, binds=max(each, key=lambda name: each[name]),
+    )  # fmt: skip
+
+
+def reckon(config: RunConfig, mesh: Mesh) -> Estimate:
+    """What a step will hold on GPUs that are not here.
+
+    Their attention is cuDNN's, which can't be traced without them and keeps what `xla`
+    keeps, but makes no scores.
+    """
+    kernel, _ = config.choose_attention(mesh)
+    compute = replace(config.compute, attention="xla")
+    plain = replace(config, compute=compute)
+    found = MemoryModel().estimate(plain, mesh)
+    if kernel == "xla":
+        return found
+    return replace(found, layer=found.layer - score_bytes(plain, mesh, "xla"))
+
+
+def not_compiled(reckoned: Estimate) -> CompiledStep:
+    """In the place of a program, where there is no compiler for the devices."""
+    given = Arguments(reckoned.weights, reckoned.optimizer, reckoned.batch)
+    made_by = f"none: jax {version('jax')} compiles for a GPU only where there is one"
+    return CompiledStep(given, None, None, None, 0.0, made_by)
 
 
 def _over(size: float, bandwidth: float | None) -> float | None:
     return None if bandwidth is None else size / bandwidth
-
-
-def attention_flops(config: RunConfig) -> float:
-    """Of a train step, for a token: what grows with the length of its sequence.
-
-    Of all keys that it sees but one: the formula that MFU uses, at this length and 1.
-    """
-    share = config.objective.head_share(config.seq_len)
-    of_length = config.model.train_flops_per_token
-    return of_length(config.seq_len, share) - of_length(1, share)
 
 
 def count_steps(config: RunConfig, mesh: Mesh) -> tuple[int | None, str]:

@@ -16,7 +16,11 @@ def page(plan: Plan) -> Group:
     parts: list[RenderableType] = [_head(plan), "", _verdict(plan), _memory(plan)]
     if plan.compiled.failure is not None:
         parts += ["", Text(plan.compiled.failure.message)]
-    if plan.times is not None:
+    elif plan.times is not None and plan.times.cycles is None:
+        parts += ["", _bounds(plan), _at_most(plan)]
+        if plan.compiled.program is not None:
+            parts += ["", _collectives(plan)]
+    elif plan.times is not None:
         parts += ["", _times(plan), Text(plan.accuracy, style="italic"), "",
                   _bounds(plan), "", _loops(plan), "", _collectives(plan), "",
                   _costliest(plan)]  # fmt: skip
@@ -41,9 +45,10 @@ def _rows(rows: list[tuple[str, str]], title: str = "") -> Table:
 def _head(plan: Plan) -> Table:
     chips = plan.chips
     mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh if size > 1) or "1"
+    topology = f", topology {chips.topology}" if chips.topology else ""
     return _rows([
         ("slice", f"{chips.slice}: {chips.chips} chips, {chips.devices} devices "
-                  f"({chips.kind}, topology {chips.topology})"),
+                  f"({chips.kind}{topology})"),
         ("mesh", mesh),
         ("model", f"{plan.weights:,} weights; attention {plan.attention}"),
         ("step", f"{plan.tokens:,} tokens, {plan.flops / 1e12:,.1f} T model FLOPs "
@@ -55,6 +60,16 @@ def _head(plan: Plan) -> Table:
 
 def _verdict(plan: Plan) -> Text:
     spare, usable = plan.spare, gib(plan.chips.usable_hbm)
+    if plan.reckoned is not None:
+        if plan.fits:
+            return Text(
+                f"It should fit: {gib(spare or 0.0)} of {usable} a device would be "
+                f"left, as reckoned.", "bold",
+            )  # fmt: skip
+        return Text(
+            f"It should not fit into {usable}: by {gib(-(spare or 0.0))} a device, as "
+            f"reckoned.", "bold red",
+        )  # fmt: skip
     if plan.fits and spare is not None and spare >= 0:
         return Text(f"It fits: {gib(spare)} of {usable} a device are left.", "bold")
     if plan.fits:
@@ -78,6 +93,10 @@ def _memory(plan: Plan) -> Table:
             ("activations, temporaries", memory.temporaries),
             ("peak of a step", memory.peak), ("the program", memory.code),
         ]  # fmt: skip
+    if plan.reckoned is not None:
+        beside = plan.reckoned.peak - given.total
+        parts += [("activations, gradients", beside),
+                  ("peak of a step", plan.reckoned.peak)]  # fmt: skip
     if memory is not None and memory.host:
         parts.append(("offloaded, of the host", memory.host))
     return _rows([(name, gib(size)) for name, size in parts], "Memory of a device")
@@ -113,7 +132,8 @@ def _times(plan: Plan) -> Table:
 def _bounds(plan: Plan) -> Table:
     times = plan.times
     assert times is not None
-    table = _rows([], f"No step can be faster than (the largest: {times.binds})")
+    how = "" if plan.reckoned is None else ", by the bytes as reckoned"
+    table = _rows([], f"No step can be faster than{how} (the largest: {times.binds})")
     for name, text, value in (
         ("compute", "the model's FLOPs at the peak", times.compute),
         ("hbm", "the bytes that the program reads and writes", times.hbm),
@@ -121,6 +141,22 @@ def _bounds(plan: Plan) -> Table:
     ):
         table.add_row(name, f"{seconds(value)}  {text}")
     return table
+
+
+def _at_most(plan: Plan) -> Table:
+    """How fast the bounds let a run be; no estimate."""
+    times, length = plan.times, plan.length
+    assert times is not None
+    least = max(times.compute, times.hbm or 0.0, times.ici or 0.0)
+    rows = [("speed", f"at most {plan.tokens / least:,.0f} tokens/s")]
+    if length.steps is not None:
+        hours = length.steps * least / 3600
+        of_all = hours * plan.chips.chips
+        text = f"{length.steps:,} steps ({length.why}): at least {hours:,.1f} h, "
+        rows.append(("run", f"{text}{of_all:,.0f} GPU-hours"))
+    else:
+        rows.append(("run", length.why))
+    return _rows(rows)
 
 
 def _loops(plan: Plan) -> Table:

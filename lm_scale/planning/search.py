@@ -100,6 +100,11 @@ def search(
     Raises InputError if no candidate can cut the config's batch and weights, or if
     there is no time to rank by.
     """
+    if chosen.generation.is_gpu:
+        raise InputError(
+            f"--search ranks by the compiler's cycles, which there are of TPUs only. "
+            f"Plan single meshes for {chosen.name}: leave out --search, add --mesh."
+        )
     if chosen.generation.clock is None:
         raise InputError(
             f"--search ranks by the time of a step, and the clock of a "

@@ -28,7 +28,6 @@ from lm_scale.config import RunConfig
 from lm_scale.models.layout import token_axes
 from lm_scale.planning.accelerators import Slice
 from lm_scale.planning.memory_model import F32, Estimate
-from lm_scale.planning.plan import attention_flops
 from lm_scale.sharding import shards
 
 TENSOR_SUMS = 4  # of activations, a layer: two forward, two backward
@@ -58,6 +57,16 @@ def step_flops(config: RunConfig) -> float:
         "none": 0.0, "dots": 0.0, "attention": blocks - products, "full": blocks
     }  # fmt: skip
     return flops_per_token(config) + products / 2 + again[config.compute.remat]
+
+
+def attention_flops(config: RunConfig) -> float:
+    """Of a train step, for a token: what grows with the length of its sequence.
+
+    Of all keys that it sees but one: the formula that MFU uses, at this length and 1.
+    """
+    share = config.objective.head_share(config.seq_len)
+    of_length = config.model.train_flops_per_token
+    return of_length(config.seq_len, share) - of_length(1, share)
 
 
 def hbm_bytes(config: RunConfig, memory: Estimate) -> float:
