@@ -39,6 +39,7 @@ class Work:
     rows: int  # of a core
     dtype: str
     masks: bool | None = None  # a fixed number of masks a row; None: no masks
+    remat: str = "dots"
     old: float | None = None  # seconds of the old scripts' step; None: it does not fit
     goal: float | None = None
 
@@ -51,7 +52,7 @@ class Work:
             objective = MaskedLM(fixed_count=self.masks)
             chunk = 20 if self.masks else 16
         compute = dataclasses.replace(
-            config.compute, dtype=self.dtype, loss_chunk=chunk
+            config.compute, dtype=self.dtype, loss_chunk=chunk, remat=self.remat
         )
         return dataclasses.replace(
             config, batch=self.rows * CORES, objective=objective, compute=compute
@@ -70,6 +71,8 @@ WORK = (
     CLM("GPT-2 124M CLM, 64 x 512, float32", rows=64, dtype="float32"),
     CLM("GPT-2 124M CLM, 64 x 512, bfloat16", rows=64, dtype="bfloat16", old=0.902),
     CLM("GPT-2 124M CLM, 128 x 512, bfloat16", rows=128, dtype="bfloat16", goal=None),
+    CLM("the same, remat attention", rows=128, dtype="bfloat16", goal=None,
+        remat="attention"),
 )  # fmt: skip
 
 
