@@ -4,8 +4,10 @@
     python -m benchmarks.step.tpu                # what is missing; README.md too
     python -m benchmarks.step.tpu GPT-2 --fresh  # rows whose names hold this, anew
 
-The old step was compiled in the same way, by a later compiler than some of ours: see
-README.md. About three minutes of CPU a row. Keeps what it has in tpu.json.
+The old step was compiled in the same way, by the same compiler: see README.md. And
+Llama 3.1 8B on slices of 64 and 256 chips, with the best mesh that `lm-scale plan
+--search` found. Two minutes of CPU a row, five of the Llamas'. Keeps what it has in
+tpu.json.
 """
 
 import dataclasses
@@ -13,12 +15,14 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from benchmarks.plan import markdown
 from benchmarks.plan.rows import Row, load, make_rows_asked_for
 from lm_scale.config import RunConfig, load_config
 from lm_scale.objectives import MaskedLM
-from lm_scale.planning.accelerators import GIB
+from lm_scale.planning.accelerators import GIB, find_slice
+from lm_scale.sharding import PRESETS, MeshShape
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parents[1] / "configs"
@@ -26,6 +30,10 @@ KEPT, README = HERE / "tpu.json", HERE / "README.md"
 HEADER = (
     "work of a core", "old step (s)", "ours (s)", "old / ours", "goal (s)", "tokens/s",
     "memory (GiB)", "MFU", "binds",
+)  # fmt: skip
+LARGE_HEADER = (
+    "slice", "mesh", "rules, remat, parts", "step (s)", "tokens/s", "of a chip",
+    "memory (GiB)", "MFU", "waits (s)", "binds",
 )  # fmt: skip
 CORES = 8
 
@@ -76,6 +84,55 @@ WORK = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Large:
+    """Llama 3.1 8B, 4 Mi tokens a step, on a slice; the mesh is what a search found."""
+
+    slice: str
+    mesh: MeshShape
+    rules: str
+    remat: str
+    accumulate: int
+
+    @property
+    def name(self) -> str:
+        return f"llama3_8b {self.slice}"
+
+    def ask(self) -> tuple[RunConfig, str]:
+        """The config, and the slice."""
+        path = str(CONFIGS / "llama3_8b.py")
+        config = load_config(path, [], prog="benchmarks.step.tpu")
+        compute = dataclasses.replace(
+            config.compute, rules=PRESETS[self.rules], remat=cast(Any, self.remat)
+        )
+        return dataclasses.replace(
+            config, mesh=self.mesh, compute=compute, accumulate=self.accumulate
+        ), self.slice
+
+
+LARGE = (
+    Large("v5e-256", MeshShape(data=4, fsdp=16, tensor=4), "fsdp_tp_sp", "dots", 4),
+)
+
+
+def large_cells(large: Large, row: Row | None) -> list[str]:
+    """A line of the Llamas' table."""
+    sizes = dataclasses.asdict(large.mesh)
+    mesh = " ".join(f"{axis}={n}" for axis, n in sizes.items() if n > 1)
+    how = f"{large.rules}, {large.remat}, {large.accumulate}"
+    if row is None or row.step is None or row.peak is None or row.tokens_per_s is None:
+        return [large.slice, mesh, how, "not compiled yet", *[""] * 6]
+    waited = sum(one[3] for one in row.traffic)
+    links = find_slice(large.slice).ici_bandwidth
+    assert links is not None
+    return [
+        large.slice, mesh, how, f"{row.step:.2f}", f"{row.tokens_per_s:,.0f}",
+        f"{row.tokens_per_s / row.chips:,.0f}",
+        f"{row.peak / GIB:.1f} of {row.usable / GIB:.2f}", f"{row.mfu or 0:.0%}",
+        f"{waited / links:.2f}", row.binds or "",
+    ]  # fmt: skip
+
+
 def cells(work: Work, row: Row | None) -> list[str]:
     """A line of the table."""
     goal = "" if work.goal is None else f"{work.goal:.2f}"
@@ -103,9 +160,12 @@ def text(rows: dict[str, Row]) -> str:
 
 
 def main() -> None:
-    asked: dict[str, Callable] = {work.name: work.ask for work in WORK}
+    asked: dict[str, Callable] = {one.name: one.ask for one in (*WORK, *LARGE)}
     make_rows_asked_for(KEPT, asked, __doc__)
-    markdown.put(README, "steps", text(load(KEPT)))
+    rows = load(KEPT)
+    markdown.put(README, "steps", text(rows))
+    lines = [large_cells(one, rows.get(one.name)) for one in LARGE]
+    markdown.put(README, "llamas", markdown.table(LARGE_HEADER, lines))
 
 
 if __name__ == "__main__":
