@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from lm_scale.objectives import IGNORE
 
 SMALL = 1e-20  # what f32 can't show beside a sum of so much is far from it
+TOKENS = 2048  # of a device, whose logits exist at one time, if no one says
 Sums = dict[str, Float[Array, "..."]]  # "loss", "correct", "count"
 
 
@@ -20,7 +21,7 @@ def cross_entropy(
     hidden: Float[Array, "B T D"],
     labels: Int[Array, "B T"],
     *,
-    chunk: int,
+    chunk: int | None,
     accuracy: bool = False,
 ) -> Sums:
     """Token losses (nats), numbers of labels and, if asked for, of right guesses.
@@ -29,12 +30,12 @@ def cross_entropy(
     sequence they are added up place by place, so that no device needs a word from
     another.
 
-    `head` turns hidden states into f32 logits; it runs on at most `chunk` positions of
-    each sequence at a time (or one of each device that holds a part of it), so that
-    logits take chunk/T of the memory (and all of it where this is differentiated, which
-    is what `training_loss` is for). A T without divisors near T/chunk makes smaller
-    chunks, and so a slower step. The vocabulary may be sharded: no logits are gathered.
-    Positions labelled -100 are left out.
+    `head` turns hidden states into f32 logits; it runs on at most `chunk` positions
+    (None: `positions_at_once`) of each sequence at a time (or one of each device that
+    holds a part of it), so that logits take chunk/T of the memory (and all of it where
+    this is differentiated, which is what `training_loss` is for). A T without divisors
+    near T/chunk makes smaller chunks, and so a slower step. The vocabulary may be
+    sharded: no logits are gathered. Positions labelled -100 are left out.
     """
 
     def of_chunk(hidden, labels) -> Sums:
@@ -64,7 +65,7 @@ def training_loss(
     hidden: Float[Array, "B T D"],
     labels: Int[Array, "B T"],
     *,
-    chunk: int,
+    chunk: int | None,
 ) -> tuple[Float[Array, ""], Float[Array, "B t"]]:
     """The summed loss of `cross_entropy`, and its losses, which have no gradient.
 
@@ -158,10 +159,21 @@ def _log_sum_backward(saved, gradient):
 _log_sum.defvjp(_log_sum_forward, _log_sum_backward)
 
 
-def _chunks(hidden: Float[Array, "B T D"], chunk: int) -> int:
+def positions_at_once(rows: int, devices: int) -> int:
+    """Positions of a sequence that one chunk of the loss has, if no one says.
+
+    rows: of a device; devices: that share a sequence. With fewer tokens the head's
+    weights and their gradient are read and written again for too few products.
+    """
+    return max(1, TOKENS // rows) * devices
+
+
+def _chunks(hidden: Float[Array, "B T D"], chunk: int | None) -> int:
     """How many equal chunks a sequence is cut into, each spread over all devices."""
     length = hidden.shape[1]
-    own = jax.typeof(hidden).sharding.shard_shape(hidden.shape)[1]  # of one device
+    # Of one device:
+    rows, own, _ = jax.typeof(hidden).sharding.shard_shape(hidden.shape)
+    chunk = positions_at_once(rows, length // own) if chunk is None else chunk
     chunks = min(-(-length // chunk), own)
     while own % chunks:
         chunks += 1

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from lm_scale import losses
 from lm_scale.losses import IGNORE, cross_entropy, training_loss
 from lm_scale.sharding import MeshShape, Rules, make_mesh
 
@@ -96,6 +97,19 @@ def test_chunks_do_not_change_the_loss(chunked, chunk):
     inputs = example(15, 23)
     with one_device():
         result = chunked(*inputs, chunk)
+    assert_same(result, plain(*inputs))
+
+
+@pytest.mark.parametrize(("tokens", "chunks"), [(2, 15), (10, 3), (100, 1)])
+def test_without_a_chunk_each_device_has_so_many_tokens(
+    chunked, tokens, chunks, monkeypatch
+):
+    """15 positions of 2 rows; one position at least."""
+    monkeypatch.setattr(losses, "TOKENS", tokens)
+    inputs = example(15, 23, seed=tokens)
+    with one_device():
+        assert losses._chunks(jnp.asarray(inputs[0]), None) == chunks
+        result = jax.jit(chunked.__wrapped__, static_argnames="chunk")(*inputs, None)
     assert_same(result, plain(*inputs))
 
 

@@ -26,13 +26,15 @@ class Compute:
     grad_dtype: Literal["float32", "bfloat16"] = "float32"
     # What computes attention; auto: the best for the devices (see models/kernels.py).
     attention: Literal["auto", "xla", "splash", "cudnn", "ring"] = "auto"
-    loss_chunk: int = 128  # positions of a sequence whose logits exist at one time
+    # Positions of a sequence whose logits exist at one time; None: so many that those
+    # of 2048 tokens do on a device.
+    loss_chunk: int | None = None
     rules: Rules = Rules()
 
     def __post_init__(self):
         for name in ("loss_chunk", "unroll"):
             value = getattr(self, name)
-            if value < 1:
+            if value is not None and value < 1:
                 raise InputError(
                     f"compute.{name} = {value}: expected a number above 0."
                 )

@@ -31,6 +31,7 @@ from jaxtyping import Array, Float, Int
 
 from lm_scale.errors import InputError
 from lm_scale.models.compute import Compute
+from lm_scale.models.layers import kept
 from lm_scale.sharding import Rules, shards
 
 Kernel = Literal["xla", "splash", "cudnn", "ring"]
@@ -198,7 +199,7 @@ def splash(
             ids = splash_attention.SegmentIds(
                 fill(segments, NO_SEGMENT), fill(key_segments, NO_SEGMENT)
             )
-        q, k, v = (fill(x).swapaxes(1, 2) for x in (q * scale, k, v))
+        q, k, v = (kept(fill(x).swapaxes(1, 2)) for x in (q * scale, k, v))
         mixed: Any = jax.vmap(kernel)(q, k, v, ids)
         return mixed.swapaxes(1, 2)[:, :T]
 

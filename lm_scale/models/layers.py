@@ -111,10 +111,40 @@ class RMSNorm(nnx.Module):
         self.scale = param((features,), (None,), ones, decay=False)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        x32 = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(x32), -1, keepdims=True)
-        normed = x32 * jax.lax.rsqrt(mean_square + self.epsilon)
-        return (normed * spread(self.scale[...], x32)).astype(x.dtype)
+        return rms_norm(x, self.scale[...], self.epsilon)
+
+
+def rms_norm(x, scale, epsilon: float) -> Float[Array, "*B D"]:
+    """The function of `RMSNorm`; its backward pass needs the normalised `x` alone."""
+    return _rms_norm(x, scale, epsilon)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _rms_norm(x, scale, epsilon):
+    return _rms_norm_forward(x, scale, epsilon)[0]
+
+
+def _rms_norm_forward(x, scale, epsilon):
+    x32 = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(x32), -1, keepdims=True)
+    factor = jax.lax.rsqrt(mean_square + epsilon)
+    normed = kept(
+        (x32 * factor).astype(x.dtype)
+    )  # rounded before it is scaled: as above
+    y = (normed.astype(jnp.float32) * spread(scale, x32)).astype(x.dtype)
+    return y, (normed, kept(factor), scale)
+
+
+def _rms_norm_backward(epsilon, saved, dy):
+    normed, factor, scale = saved
+    x32 = normed.astype(jnp.float32)
+    _, pull = jax.vjp(lambda x, scale: x * spread(scale, x), x32, scale)
+    d_normed, d_scale = pull(dy.astype(jnp.float32))
+    along = jnp.mean(d_normed * x32, -1, keepdims=True)
+    return ((d_normed - x32 * along) * factor).astype(normed.dtype), d_scale
+
+
+_rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 def gelu(x: Float[Array, "*D"], approximate: bool) -> Float[Array, "*D"]:
@@ -172,18 +202,20 @@ def kept(x: Array) -> Array:
 
 def project(
     x: Float[Array, "B T D"],
-    weight: Float[Array, "D C H N"],
-    bias: Float[Array, "C H N"] | None = None,
-) -> list[Float[Array, "B T H N"]]:
+    weight: Float[Array, "D C H N"] | Float[Array, "D C F"],
+    bias: Float[Array, "C H N"] | Float[Array, "C F"] | None = None,
+) -> list[Float[Array, "B T H N"]] | list[Float[Array, "B T F"]]:
     """The C products of `x` with the parts of a weight, one by one.
 
     Where one product makes them all, XLA for TPUs writes it out and copies the parts.
     """
+    made = "HN" if weight.ndim == 4 else "F"
     products = []
     for part in range(weight.shape[1]):
-        product = jnp.einsum("BTD,DHN->BTHN", x, weight[:, part])
+        product = jnp.einsum(f"BTD,D{made}->BT{made}", x, weight[:, part])
         if bias is not None:
-            product = product + spread(bias[part], product, 2, 3)
+            dims = range(2, product.ndim)
+            product = product + spread(bias[part], product, *dims)
         products.append(product)
     return products
 

@@ -292,13 +292,8 @@ class Block(nnx.Module):
         dtype, rules = x.dtype, self.compute.rules
         x = from_residual(x, rules, "act_mlp")
         with jax.named_scope("mlp"):
-            both = jnp.einsum(
-                "BTD,DCF->CBTF", x, self.up[...],
-                out_sharding=rules.spec(None, "batch", "seq", "act_mlp"),
-            )  # fmt: skip
-            if self.config.mlp_bias:
-                both = both + spread(self.up_bias[...], both, 0, 3)
-            gate, up = both
+            bias = self.up_bias[...] if self.config.mlp_bias else None
+            gate, up = project(x, self.up[...], bias)
             down = jnp.einsum(
                 "BTF,FD->BTD", jax.nn.silu(gate) * up, self.down[...],
                 out_sharding=sum_over("act_mlp", rules),

@@ -36,6 +36,7 @@ from jax.sharding import Mesh
 
 from lm_scale.assemble import declare_model, make_parts
 from lm_scale.config import RunConfig
+from lm_scale.losses import positions_at_once
 from lm_scale.models import Model, family_of
 from lm_scale.models.blockwise import Blocks
 from lm_scale.models.layout import token_axes
@@ -202,6 +203,7 @@ def logits_bytes(config: RunConfig, mesh: Mesh) -> int:
     rules = config.compute.rules
     rows = config.batch // config.accumulate // shards(rules, mesh, "batch")
     places = math.ceil(config.seq_len * config.objective.head_share(config.seq_len))
-    chunk = min(config.compute.loss_chunk, places)
+    parts = shards(rules, mesh, "seq")
+    chunk = config.compute.loss_chunk or positions_at_once(rows, parts)
     vocab = -(-config.model.vocab // shards(rules, mesh, "act_vocab"))
-    return F32 * rows * -(-chunk // shards(rules, mesh, "seq")) * vocab
+    return F32 * rows * -(-min(chunk, places) // parts) * vocab

@@ -11,7 +11,7 @@ from parity import one_device
 
 from lm_scale.models.compute import Compute
 from lm_scale.models.dropout import dropout
-from lm_scale.models.layers import centred, gelu, layer_norm
+from lm_scale.models.layers import centred, gelu, layer_norm, rms_norm
 from lm_scale.models.layout import shared
 from lm_scale.models.scan import remat_policy
 from lm_scale.sharding import MeshShape, Rules, make_mesh
@@ -68,6 +68,22 @@ def test_layer_norm_and_its_gradients_are_those_of_torch(offset):
         other = other.detach().numpy()
         error = np.abs(np.asarray(one) - other).max() / np.abs(other).max()
         assert error < tolerance
+
+
+def test_rms_norm_and_its_gradients_are_those_of_torch():
+    torch = pytest.importorskip("torch")
+    x, scale, _, gradient = inputs()
+    theirs = [torch.tensor(one, dtype=torch.float64) for one in (x, scale)]
+    for one in theirs:
+        one.requires_grad_()
+    value = torch.nn.functional.rms_norm(theirs[0], (WIDTH,), theirs[1], EPSILON)
+    value.backward(torch.tensor(gradient, dtype=torch.float64))
+    expected = [value, *(one.grad for one in theirs)]
+    ours = with_gradients(lambda *a: rms_norm(*a, EPSILON), x, scale, gradient=gradient)
+    for one, other in zip(ours, expected, strict=True):
+        other = other.detach().numpy()
+        error = np.abs(np.asarray(one) - other).max() / np.abs(other).max()
+        assert error < 2e-6
 
 
 def test_rows_that_are_even_get_the_bias_and_no_gradient_that_is_not_finite():

@@ -67,10 +67,12 @@ def test_what_a_step_is_given_is_exact(estimate, rules, mesh):
 PROJECTED = HEADS * HEAD_DIM
 # What attention gives, and a number in f32 for each query and head.
 ATTENDED = PROJECTED + 2 * HEADS
+# Of each norm what it has normalised, and a number in f32; its input not besides.
+NORMED = 2 * (WIDTH + 2)
 KEPT = {
     "full": WIDTH,
     "attention": WIDTH + ATTENDED,
-    "dots": (WIDTH + PROJECTED + 2 * KV_HEADS * HEAD_DIM + ATTENDED + 2 * MLP + WIDTH),
+    "dots": NORMED + PROJECTED + 2 * KV_HEADS * HEAD_DIM + ATTENDED + 2 * MLP,
 }
 
 
@@ -82,7 +84,7 @@ def test_what_is_kept_is_what_is_counted_by_hand(estimate, remat):
     assert found.kept == 2 * LAYERS * tokens * KEPT[remat]
     mesh = MeshShape(data=4, tensor=2)
     cut, *_ = estimate(remat=remat, rules="fsdp_tp", mesh=mesh)
-    width = {"dots": 2 * WIDTH}.get(remat, WIDTH)  # of the residual stream: whole
+    width = {"dots": NORMED}.get(remat, WIDTH)  # of the residual stream: whole
     numbers = width + (KEPT[remat] - width) // 2
     assert cut.kept == 2 * LAYERS * 2 * tokens * numbers
 
