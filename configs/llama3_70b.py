@@ -8,7 +8,7 @@ Command   lm-scale train configs/llama3_70b.py, on each of the 64 hosts, in a fo
 Hardware  TPU v5p-512 (256 chips): 64 groups of 4, which share the heads, the mlp and,
           between them, the sequence; a group has 16 sequences of 8192 tokens, 2 at a
           time
-Memory    61.8 of 95 GiB a chip at the peak of a step, by libtpu 0.0.50, which compiled
+Memory    61.1 of 95 GiB a chip at the peak of a step, by libtpu 0.0.50, which compiled
           it for a v5p of 4x8x8 chips
 Hours     800 at 40 % of the peak FLOP/s, which is a guess
 Expected  not run yet: no TPU was at hand

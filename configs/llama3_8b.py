@@ -8,7 +8,7 @@ Command   lm-scale train configs/llama3_8b.py, on each of the 8 hosts, in a fold
           (`hf auth login`). The text is best prepared beforehand, on one host, by
           `lm-scale prepare`: its tokens take 340 GB, and one process makes them
 Hardware  TPU v5p-64 (32 chips), each with 16 sequences of 8192 tokens, 2 at a time
-Memory    55.4 of 95 GiB a chip at the peak of a step, by libtpu 0.0.50, which compiled
+Memory    55.0 of 95 GiB a chip at the peak of a step, by libtpu 0.0.50, which compiled
           it for a v5p of 2x4x4 chips
 Hours     200 at 40 % of the peak FLOP/s, which is a guess
 Expected  not run yet: no TPU was at hand

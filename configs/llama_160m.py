@@ -3,7 +3,7 @@
 
 Command   lm-scale train configs/llama_160m.py
 Hardware  TPU v3-8 (8 cores), each with 32 sequences of 2048 tokens, 8 at a time
-Memory    6.7 of 15.5 GiB a core at the peak of a step, by libtpu 0.0.50, which
+Memory    6.5 of 15.5 GiB a core at the peak of a step, by libtpu 0.0.50, which
           compiled it for a v3 of 2x2 chips
 Hours     4 at 40 % of the peak FLOP/s, which is a guess, and the text's preparation
 Expected  not run yet: no TPU was at hand

@@ -8,7 +8,7 @@ Command   lm-scale train configs/llama_1b.py, on each of the 4 hosts, in a folde
           (`hf auth login`). The text is best prepared beforehand, on one host, by
           `lm-scale prepare`: its tokens take 105 GB, and one process makes them
 Hardware  TPU v5e-16 (16 chips), each with 16 sequences of 4096 tokens, 2 at a time
-Memory    10.0 of 15.75 GiB a chip at the peak of a step, by libtpu 0.0.50, which
+Memory    10.8 of 15.75 GiB a chip at the peak of a step, by libtpu 0.0.50, which
           compiled it for a v5e of 4x4 chips
 Hours     48 at 40 % of the peak FLOP/s, which is a guess
 Expected  not run yet: no TPU was at hand
