@@ -112,6 +112,8 @@ class Large:
 
 LARGE = (
     Large("v5e-256", MeshShape(data=4, fsdp=16, tensor=4), "fsdp_tp_sp", "dots", 4),
+    Large("v6e-64", MeshShape(data=2, fsdp=16, tensor=2), "fsdp_tp_sp", "dots", 8),
+    Large("v5p-128", MeshShape(data=1, fsdp=64), "fsdp", "dots", 8),
 )
 
 
