@@ -4,10 +4,10 @@
     python -m benchmarks.step.host
 
 The run is `lm_scale train` as it is, of a RoBERTa of 25 M weights: loader with masks,
-metrics, TensorBoard, the guard, a checkpoint every 200 steps. Only its step is not: it
-takes the batch and the state, and then a fixed time of one core in one thread, as a TPU
-would take it elsewhere. What remains of two cores is the host's. Rows come at the rate
-of RoBERTa's on a TPU v3-8: 32 Ki tokens in 64 ms.
+metrics, TensorBoard, the guard, and once without and once with a checkpoint every 200
+steps. Only its step is not: it takes the batch and the state, and then a fixed time of
+one core in one thread, as a TPU would take it elsewhere. What remains of two cores is
+the host's. Rows come at the rate of RoBERTa's on a TPU v3-8: 32 Ki tokens in 64 ms.
 """
 
 import statistics
@@ -35,7 +35,7 @@ ROUNDS = 3
 LINES = 40_000  # of the text
 
 
-def config(folder: Path) -> RunConfig:
+def config(folder: Path, save_every: int | None) -> RunConfig:
     """The run, in a folder of its own."""
     text = folder / "text.txt"
     if not text.exists():
@@ -53,8 +53,8 @@ def config(folder: Path) -> RunConfig:
             corpus=CorpusConfig(source=str(text), validation_fraction=0.0),
             tokenizer=TokenizerConfig(kind="roberta", vocab_size=2048),
         ),
-        seq_len=128, batch=256, steps=LAST + 20, log_every=10, save_every=200, keep=1,
-        eval_at_end=False,
+        seq_len=128, batch=256, steps=LAST + 20, log_every=10, save_every=save_every,
+        keep=1, eval_at_end=False,
     )  # fmt: skip
 
 
@@ -94,7 +94,9 @@ def turns_for(seconds: float) -> int:
     return round(turns * seconds / min(took))
 
 
-def of_a_run(folder: Path, step: Callable) -> tuple[float, Batch]:
+def of_a_run(
+    folder: Path, step: Callable, save_every: int | None
+) -> tuple[float, Batch]:
     """Seconds a step of a whole run, and a batch of it."""
     calls: list[float] = []
     batches: list[Batch] = []
@@ -110,7 +112,7 @@ def of_a_run(folder: Path, step: Callable) -> tuple[float, Batch]:
 
     trainer.make_parts = parts
     try:
-        trainer.train(config(folder), Console(quiet=True))
+        trainer.train(config(folder, save_every), Console(quiet=True))
     finally:
         trainer.make_parts = make_parts
     return (calls[LAST] - calls[FIRST]) / (LAST - FIRST), batches[0]
@@ -130,15 +132,17 @@ def alone(step: Callable, batch: Batch) -> float:
 
 def main() -> None:
     step = make_step(turns_for(SECONDS))
-    shares = []
-    for number in range(ROUNDS):
-        with tempfile.TemporaryDirectory() as folder:
-            whole, batch = of_a_run(Path(folder), step)
-        bare = alone(step, batch)
-        shares.append(bare / whole)
-        times = f"{bare * 1e3:.2f} ms alone, {whole * 1e3:.2f} ms in a run"
-        print(f"round {number + 1}: {times}: {shares[-1]:.1%} of the speed", flush=True)
-    print(f"median {statistics.median(shares):.1%}")
+    for save_every in (None, 200):
+        shares = []
+        for _ in range(ROUNDS):
+            with tempfile.TemporaryDirectory() as folder:
+                whole, batch = of_a_run(Path(folder), step, save_every)
+            bare = alone(step, batch)
+            shares.append(bare / whole)
+            times = f"{bare * 1e3:.2f} ms alone, {whole * 1e3:.2f} ms in a run"
+            print(f"{times}: {shares[-1]:.1%} of the speed", flush=True)
+        saves = f"a checkpoint every {save_every} steps" if save_every else "none saved"
+        print(f"{saves}: median {statistics.median(shares):.1%}", flush=True)
 
 
 if __name__ == "__main__":
