@@ -137,7 +137,7 @@ def _log_sum(logits: Float[Array, "B T V"]) -> Float[Array, "B T"]:
     needs no other before it, XLA for TPUs makes both in the pass that makes the logits.
     Centred logits can't be too small for that, as exp is convex: their sum is V at
     least. Where it is too large for f32, or the logits are not centred and it's too
-    small, all are made with the largest after all.
+    small, all are made with the largest after all; if so, all devices say in one byte.
     """
     sums = jnp.sum(jnp.exp(logits), -1)
     within = jnp.all((sums > SMALL) & (sums < jnp.inf))
