@@ -88,7 +88,7 @@ class RunConfig:
     resume_from: str | None = None  # run to go on from, if run_dir holds none yet
     # Fields that may differ from the run's when it goes on, by dotted name.
     override: tuple[str, ...] = ()
-    slice: str | None = None  # TPUs that `lm-scale plan` plans for, e.g. v3-8
+    slice: str | None = None  # what `lm-scale plan` plans for: v3-8, h100-8 ...
     mesh: MeshShape = MeshShape()
     compute: Compute = Compute()
     # CPU devices to simulate if there is no accelerator; JAX_NUM_CPU_DEVICES overrides.

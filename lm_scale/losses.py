@@ -27,8 +27,8 @@ def cross_entropy(
     """Token losses (nats), numbers of labels and, if asked for, of right guesses.
 
     Each is [B t], with t <= `chunk`, and still to be summed: over the chunks of a
-    sequence they are added up place by place, so that no device needs a word from
-    another.
+    sequence they are added up place by place, so that devices need no more of one
+    another than `_log_sum` asks.
 
     `head` turns hidden states into f32 logits; it runs on at most `chunk` positions
     (None: `positions_at_once`) of each sequence at a time (or one of each device that

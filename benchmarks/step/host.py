@@ -38,11 +38,8 @@ LINES = 40_000  # of the text
 def config(folder: Path, save_every: int | None) -> RunConfig:
     """The run, in a folder of its own."""
     text = folder / "text.txt"
-    if not text.exists():
-        words = [
-            f"word{number % 4001} and {number * 7 % 911}," for number in range(LINES)
-        ]
-        text.write_text("\n".join(" ".join(words[n : n + 20]) for n in range(LINES)))
+    words = [f"word{number % 4001} and {number * 7 % 911}," for number in range(LINES)]
+    text.write_text("\n".join(" ".join(words[n : n + 20]) for n in range(LINES)))
     return RunConfig(
         run_dir=str(folder / "run"),
         model=RobertaConfig(

@@ -74,7 +74,8 @@ def _forward(blocks: Blocks, q, k, v, seen, key):
     """The weighted means, [B T K J N]; also what `_backward` needs.
 
     q: scaled. seen: bool [#B 1 1 T S], or None: all is seen. A query that sees nothing
-    gets the plain mean of the values that its block meets, which is finite.
+    gets the plain mean of the values that its block meets, which is finite, and gives
+    no gradient.
     """
     q, k, v = kept(q), kept(k), kept(v)
     products, largest, sums, factors = [], [], [], blocks.factors(q, k, key)

@@ -114,13 +114,9 @@ class RMSNorm(nnx.Module):
         return rms_norm(x, self.scale[...], self.epsilon)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x, scale, epsilon: float) -> Float[Array, "*B D"]:
     """The function of `RMSNorm`; its backward pass needs the normalised `x` alone."""
-    return _rms_norm(x, scale, epsilon)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _rms_norm(x, scale, epsilon):
     return _rms_norm_forward(x, scale, epsilon)[0]
 
 
@@ -144,7 +140,7 @@ def _rms_norm_backward(epsilon, saved, dy):
     return ((d_normed - x32 * along) * factor).astype(normed.dtype), d_scale
 
 
-_rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
+rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 def gelu(x: Float[Array, "*D"], approximate: bool) -> Float[Array, "*D"]:

@@ -88,7 +88,9 @@ FRACTION_NOTE = (
 )
 
 
-def _gpu(name: str, kind: str, hbm: float, bandwidth: float, nvlink: float | None):
+def _gpu(
+    name: str, kind: str, hbm: float, bandwidth: float, nvlink: float | None
+) -> Generation:
     return Generation(
         name, (name,), False, 1, 1, kind, 0, hbm * GIB, FRACTION * hbm * GIB, bandwidth,
         nvlink, None, FRACTION_NOTE,

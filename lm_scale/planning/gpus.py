@@ -12,8 +12,10 @@ import jax
 
 from lm_scale.planning.accelerators import Slice
 
-CAPABILITIES = {"a100": "8.0", "a100-80gb": "8.0", "l4": "8.9", "l40s": "8.9"}
-HOPPER = "9.0"  # h100, h200
+CAPABILITIES = {
+    "a100": "8.0", "a100-80gb": "8.0", "h100": "9.0", "h200": "9.0", "l4": "8.9",
+    "l40s": "8.9",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ def gpu_devices(chosen: Slice) -> list[Any]:
     here = [gpu for gpu in _gpus() if gpu.device_kind == generation.kind]
     if len(here) >= chosen.chips:
         return here[: chosen.chips]
-    capability = CAPABILITIES.get(generation.name, HOPPER)
+    capability = CAPABILITIES[generation.name]
     return [
         AbsentGpu(number, generation.kind, capability) for number in range(chosen.chips)
     ]

@@ -20,7 +20,7 @@ attention, where no kernel does without (`models.blockwise`).
 Left out: the padding of tiles, what XLA keeps longer than it has to, and what it never
 writes down. Against the compiler (libtpu 0.0.42, 0.0.50): of the peaks of llama_160m
 (v3-8), llama_1b (v5e-16), llama3_8b (v5p-64) and llama3_70b (v5p-512), all with remat =
-"dots", the estimate was 0.94, 0.93, 1.06 and 1.00. Of steps of a tiny model (v3-8,
+"dots", the estimate is 0.99, 1.04, 1.04 and 0.99. Of steps of a tiny model (v3-8,
 v5e-4) it was 0.96 to 1.16 with "none", and up to 1.73 with "full", where XLA needed
 half of what is reckoned for a layer; and 0.37 where rows are so few that tiles are
 mostly padding. So LOW is what it needs at least of all but what the step is given. That

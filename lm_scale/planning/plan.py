@@ -68,6 +68,11 @@ class Chips:
     clock: float | None  # Hz
     note: str = ""  # what one should know of how it is compiled for
 
+    @property
+    def are_gpus(self) -> bool:
+        """If there are bounds alone for them."""
+        return not self.topology
+
 
 @dataclass(frozen=True)
 class Times:
@@ -83,10 +88,18 @@ class Times:
     ici: float | None
     binds: str  # the largest bound: compute, hbm or ici
 
+    @property
+    def least(self) -> float:
+        """The largest bound."""
+        return max(self.compute, self.hbm or 0.0, self.ici or 0.0)
+
 
 @dataclass(frozen=True)
 class Length:
-    """How long the run is; None where its number of steps is not known."""
+    """How long the run is; None where its number of steps is not known.
+
+    For GPUs at least so long: by the bounds.
+    """
 
     steps: int | None
     why: str  # where that is from, or why it is not known
@@ -165,18 +178,18 @@ def make_plan(
         moved, sent = hbm_bytes(config, reckoned), sent_bytes(config, mesh, reckoned)
         times = bounds(chosen, flops, moved, sent)
     step = times.step if times else None
-    hours = None if steps is None or step is None else steps * step / 3600
+    seconds = times.least if times and chosen.generation.is_gpu else step
+    hours = None if steps is None or seconds is None else steps * seconds / 3600
     chip_hours = None if hours is None else hours * chosen.chips
     cost = None if chip_hours is None or price is None else chip_hours * price
-    return Plan(
+    plan = Plan(
         chips=describe(chosen),
         mesh=tuple(mesh.shape.items()),
         attention=attention,
         weights=parameter_count(config.model),
         tokens=tokens,
         flops=flops,
-        fits=compiled.failure is None
-        and (reckoned is None or reckoned.peak <= chosen.usable_hbm),
+        fits=compiled.failure is None,
         compiled=compiled,
         reckoned=reckoned,
         times=times,
@@ -184,6 +197,9 @@ def make_plan(
         mfu=times.compute / step if times and step else None,
         length=Length(steps, why, hours, chip_hours, cost),
     )
+    # For GPUs XLA compiles what is too large, too.
+    small = plan.spare is not None and plan.spare >= 0
+    return replace(plan, fits=plan.fits and small) if plan.chips.are_gpus else plan
 
 
 def choose_slice(config: RunConfig, name: str | None) -> Slice:
@@ -215,15 +231,15 @@ def estimate(
         return None
     least = bounds(chosen, flops, program.hbm_bytes, program.sent)
     clock, links = chosen.generation.clock, chosen.ici_bandwidth
-    if clock is None:
+    if chosen.generation.is_gpu:
         return least
-    cycles = program.cycles / clock
+    cycles = program.cycles / clock if clock else None
     peak = chosen.devices * chosen.generation.peak
     kernels = tokens * attention_flops(config) / peak if program.kernels else 0.0
     waiting = program.waited / links if links else 0.0
     return replace(
-        least, step=cycles + kernels + waiting, cycles=cycles, kernels=kernels,
-        waiting=waiting,
+        least, step=None if cycles is None else cycles + kernels + waiting,
+        cycles=cycles, kernels=kernels, waiting=waiting,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ def page(plan: Plan) -> Group:
     parts: list[RenderableType] = [_head(plan), "", _verdict(plan), _memory(plan)]
     if plan.compiled.failure is not None:
         parts += ["", Text(plan.compiled.failure.message)]
-    elif plan.times is not None and plan.times.cycles is None:
+    elif plan.times is not None and plan.chips.are_gpus:
         parts += ["", _bounds(plan), _at_most(plan)]
         if plan.compiled.program is not None:
             parts += ["", _collectives(plan)]
@@ -147,16 +147,14 @@ def _at_most(plan: Plan) -> Table:
     """How fast the bounds let a run be; no estimate."""
     times, length = plan.times, plan.length
     assert times is not None
-    least = max(times.compute, times.hbm or 0.0, times.ici or 0.0)
-    rows = [("speed", f"at most {plan.tokens / least:,.0f} tokens/s")]
-    if length.steps is not None:
-        hours = length.steps * least / 3600
-        of_all = hours * plan.chips.chips
-        text = f"{length.steps:,} steps ({length.why}): at least {hours:,.1f} h, "
-        rows.append(("run", f"{text}{of_all:,.0f} GPU-hours"))
-    else:
-        rows.append(("run", length.why))
-    return _rows(rows)
+    rows = [("speed", f"at most {plan.tokens / times.least:,.0f} tokens/s")]
+    if length.hours is None or length.chip_hours is None:
+        return _rows([*rows, ("run", length.why)])
+    text = f"{length.steps:,} steps ({length.why}): at least {length.hours:,.1f} h, "
+    text += f"{length.chip_hours:,.0f} GPU-hours"
+    if length.cost is not None:
+        text += f", {length.cost:,.2f} at the given price"
+    return _rows([*rows, ("run", text)])
 
 
 def _loops(plan: Plan) -> Table:

@@ -23,12 +23,12 @@ from lm_scale.planning.search import search
 from lm_scale.sharding import PRESETS, MeshShape
 
 
-def config(tmp_path, **changes):
+def config(tmp_path):
     """A tiny GPT-2, whose weights and batch are cut over 8 devices."""
     tiny = causal_run(tmp_path, steps=100, batch=32)
     compute = Compute(rules=PRESETS["fsdp"], remat="dots")
     mesh = MeshShape(data=1, fsdp=8)
-    return dataclasses.replace(tiny, compute=compute, mesh=mesh, **changes)
+    return dataclasses.replace(tiny, compute=compute, mesh=mesh)
 
 
 def printed(plan) -> str:
@@ -66,6 +66,14 @@ def test_gpus_that_are_not_here_are_reckoned(tmp_path):
     assert "It should fit" in text and "at most" in text and "100 steps" in text
 
 
+def test_what_a_run_costs_at_least(tmp_path):
+    plan = make_plan(config(tmp_path), "h100-8", price=3.0)
+    assert plan.times is not None and plan.length.hours is not None
+    assert plan.length.hours == pytest.approx(100 * plan.times.least / 3600)
+    assert plan.length.cost == pytest.approx(3.0 * 8 * plan.length.hours)
+    assert "at the given price" in printed(plan)
+
+
 def test_what_does_not_fit_is_said(tmp_path):
     small = config(tmp_path)
     whole = dataclasses.replace(small, batch=2**24, accumulate=1)
@@ -92,6 +100,16 @@ def test_gpus_that_are_here_are_compiled_for(tmp_path):
     assert "It fits" in (text := printed(plan)) and "Collectives" in text
     again = make_plan(config(tmp_path), "h100-8", cache=tmp_path / "cache")
     assert again == plan
+
+
+@pytest.mark.usefixtures("eight_are_here")
+def test_what_compiles_and_is_too_large_does_not_fit(tmp_path, monkeypatch):
+    (own,) = accelerators.GPUS
+    small = dataclasses.replace(own, usable=2**10)
+    monkeypatch.setattr(accelerators, "GPUS", [small])
+    plan = make_plan(config(tmp_path), "h100-8")
+    assert not plan.fits and plan.spare is not None and plan.spare < 0
+    assert "It does not fit into 0.0 MiB" in printed(plan)
 
 
 @pytest.mark.usefixtures("eight_are_here")

@@ -159,6 +159,16 @@ def test_a_plan_again_is_the_same_and_compiles_nothing(planned, make, monkeypatc
     assert from_json(json.loads(json.dumps(to_json(first)))) == first
 
 
+def test_the_page_of_a_chip_whose_clock_is_not_known(planned):
+    """All but the time."""
+    plan = planned()
+    times = dataclasses.replace(plan.times, step=None, cycles=None)
+    out = io.StringIO()
+    print_plan(dataclasses.replace(plan, times=times), Console(file=out, width=100))
+    for part in ("not known", "Loops", "Collectives", "costliest", "An estimate"):
+        assert part in out.getvalue()
+
+
 def test_the_page_says_how_good_it_is(planned):
     console = Console(file=io.StringIO(), width=100)
     found = planned()
