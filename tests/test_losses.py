@@ -100,7 +100,7 @@ def test_chunks_do_not_change_the_loss(chunked, chunk):
     assert_same(result, plain(*inputs))
 
 
-@pytest.mark.parametrize(("tokens", "chunks"), [(2, 15), (10, 3), (100, 1)])
+@pytest.mark.parametrize(("tokens", "chunks"), [(2, 15), (6, 5), (30, 1)])
 def test_without_a_chunk_each_device_has_so_many_tokens(
     chunked, tokens, chunks, monkeypatch
 ):

@@ -10,7 +10,9 @@ import pytest
 from lm_scale.config import DataConfig, RunConfig, load_config
 from lm_scale.data.tokenizer import TokenizerConfig
 from lm_scale.models import Compute, LlamaConfig
+from lm_scale.models.kernels import LANES
 from lm_scale.planning.accelerators import GIB, find_slice
+from lm_scale.planning.activations import trace_stacks
 from lm_scale.planning.compile_step import lower_step, slice_mesh
 from lm_scale.planning.memory_model import LOW, MemoryModel
 from lm_scale.sharding import PRESETS, MeshShape
@@ -87,6 +89,15 @@ def test_what_is_kept_is_what_is_counted_by_hand(estimate, remat):
     width = {"dots": NORMED}.get(remat, WIDTH)  # of the residual stream: whole
     numbers = width + (KEPT[remat] - width) // 2
     assert cut.kept == 2 * LAYERS * 2 * tokens * numbers
+
+
+def test_queries_keys_and_values_are_kept_once_as_splash_takes_them():
+    """Turned, heads first, filled up to a block: nothing of it is made again."""
+    mesh = slice_mesh(CONFIG, find_slice("v5e-8"))
+    stacks = [one.shape for one in trace_stacks(CONFIG, mesh, "dots")]
+    heads = [shape for shape in stacks if len(shape) == 5]
+    of = [(LAYERS, CONFIG.batch, h, LANES, HEAD_DIM) for h in (HEADS, KV_HEADS)]
+    assert heads == [of[0], of[1], of[1]]
 
 
 def test_parts_of_a_batch_keep_their_part_and_add_up_gradients(estimate):
