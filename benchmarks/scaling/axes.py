@@ -199,7 +199,7 @@ def main() -> None:
             for title in options.step or STEPS:
                 explicit, wire, settings = STEPS[title]
                 compiled = compile_step(
-                    MODELS[name], Compute(grad_dtype=wire), mesh, accumulate,
+                    MODELS[name], Compute(grad_dtype=wire, loss_chunk=128), mesh, accumulate,
                     explicit=explicit, options=settings,
                 )  # fmt: skip
                 label = f"{name} {layout} in {accumulate} | {title}"

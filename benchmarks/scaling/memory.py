@@ -22,7 +22,7 @@ from lm_scale.models import Compute, LlamaConfig  # noqa: E402
 from lm_scale.sharding import MeshShape, make_mesh  # noqa: E402
 
 HERE = Path(__file__).parent
-MODEL, COMPUTE = LlamaConfig(), Compute()
+MODEL, COMPUTE = LlamaConfig(), Compute(loss_chunk=128)
 DEVICES, LENGTH = 8, 2048  # one row of the batch a device
 F32, BF16 = 4, 2  # bytes
 
