@@ -198,8 +198,9 @@ def main() -> None:
             mesh = make_mesh(parse_mesh_shape(layout), devices)
             for title in options.step or STEPS:
                 explicit, wire, settings = STEPS[title]
+                compute = Compute(grad_dtype=wire, loss_chunk=128)
                 compiled = compile_step(
-                    MODELS[name], Compute(grad_dtype=wire, loss_chunk=128), mesh, accumulate,
+                    MODELS[name], compute, mesh, accumulate,
                     explicit=explicit, options=settings,
                 )  # fmt: skip
                 label = f"{name} {layout} in {accumulate} | {title}"
