@@ -26,6 +26,7 @@ setup(
         "jax>=0.10.2",
         "flax>=0.12.8",
         "optax>=0.2.8",
+        "qwix>=0.1.8",
         "orbax-checkpoint>=0.12.8,<1",  # 1.0 replaces AsyncCheckpointer's API
         "grain>=0.2.18",
         "tensorstore>=0.1.80",

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from lm_scale.config import RunConfig
 from lm_scale.models import Model, build_model
+from lm_scale.models.product import check_quantize
 from lm_scale.optim import make_optimizer, make_schedule
 from lm_scale.sharding import check_divides
 from lm_scale.step import (
@@ -39,6 +40,7 @@ def declare_model(config: RunConfig, mesh: Mesh) -> Model:
     Raises InputError if the mesh cannot cut the batch or the weights.
     """
     config.check_mesh(mesh)
+    check_quantize(config.compute, mesh.devices.flat[0])
     attention, _ = config.choose_attention(mesh)
     compute = dataclasses.replace(config.compute, attention=attention)
     model = build_model(config.model, compute)

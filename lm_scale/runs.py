@@ -44,8 +44,8 @@ def open_run(run_dir: str) -> OpenRun:
     """Loads a run onto the devices there are, in its own mesh if that fits them."""
     config = read_run(run_dir)
     check_devices(settings(config))
-    # What a run was told to use may not run here.
-    compute = dataclasses.replace(config.compute, attention="auto")
+    # What a run was told to use may not run here; and its model is for any use.
+    compute = dataclasses.replace(config.compute, attention="auto", quantize=None)
     config = dataclasses.replace(config, compute=compute)
     mesh = some_mesh(config)
     attention, _ = config.choose_attention(mesh)

@@ -100,11 +100,12 @@ def train(
     unroll: int = 1,
     dtype: str = "float32",
     steps: int = STEPS,
+    quantize: str | None = None,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Losses [steps], and the weights after them by path."""
     compute = Compute(
         dtype=dtype, remat="dots", attention=layout.attention, unroll=unroll,
-        loss_chunk=5, rules=layout.rules,
+        loss_chunk=5, rules=layout.rules, quantize=quantize,
     )  # fmt: skip
     model = build_model(FAMILIES[family], compute)
     schedule = make_schedule(Schedule(peak=1e-2, warmup=3), 20)

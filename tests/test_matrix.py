@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 LOSS, WEIGHTS = 1e-5, 1e-4
 # bf16 has 8 bits of mantissa: 1/256 for one rounding, and the loss is a mean of many.
 LOSS_BF16, WEIGHTS_BF16 = 2e-3, 2e-2
+LOSS_8_BITS = 2e-4
 # The one with the most in it; the others later.
 ONE_OF_THEM = [
     pytest.param(family, marks=[pytest.mark.exhaustive] * (family != "llama"))
@@ -109,6 +110,20 @@ def test_bfloat16_on_a_mesh(family, layout):
     expected = matrix.train(family, matrix.ONE, dtype="bfloat16")
     found = matrix.train(family, matrix.LAYOUTS[layout], dtype="bfloat16")
     assert_same(found, expected, LOSS_BF16, WEIGHTS_BF16)
+
+
+@pytest.mark.parametrize("quantize", ["int8", "float8"])
+@pytest.mark.parametrize("family", ONE_OF_THEM)
+def test_in_8_bits_on_a_mesh(family, quantize):
+    """Two steps only: a value that lies halfway between two of 8 bits is rounded up on
+    one mesh and down on the other, and what follows differs by more each step."""
+    layout = matrix.LAYOUTS["data=2 fsdp=2 tensor=2"]
+    plain, _ = matrix.train(family, matrix.ONE, steps=2)
+    expected, _ = matrix.train(family, matrix.ONE, steps=2, quantize=quantize)
+    found, _ = matrix.train(family, layout, steps=2, quantize=quantize)
+    np.testing.assert_allclose(found, expected, rtol=LOSS_8_BITS)
+    np.testing.assert_allclose(found, plain, rtol=20 * LOSS_8_BITS)
+    assert np.abs(found / plain - 1).max() > LOSS  # there was something to round
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
 from lm_scale.models.dropout import dropout
-from lm_scale.models.layers import kept
+from lm_scale.models.layout import kept
 
 HIDDEN = float(jnp.finfo(jnp.float32).min)  # the score of a key that is not seen
 BLOCKS = 4  # of the queries; each adds to the program

@@ -15,6 +15,9 @@ class Compute:
     # Of matrix products and activations; weights, optimizer, softmax, norm statistics
     # and the loss are float32 in either case.
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    # Products of activations with the blocks' weights, and those of their gradients, in
+    # 8 bits (qwix; see models/product.py), on devices that are faster so.
+    quantize: Literal["int8", "float8"] | None = None
     # What the backward pass computes again: nothing; all but the outputs of matrix
     # products (and not of a kernel of attention); all but those of attention; or all
     # inside a block.

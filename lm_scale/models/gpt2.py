@@ -37,6 +37,7 @@ from lm_scale.models.layout import (
     sum_over,
     to_residual,
 )
+from lm_scale.models.product import product
 from lm_scale.models.scan import layer_keys, scan_blocks
 from lm_scale.sharding import Normal, param, stack, zeros
 
@@ -162,7 +163,7 @@ class Block(nnx.Module):
         dtype, rules = x.dtype, self.compute.rules
         x = from_residual(x, rules, "act_heads")
         with jax.named_scope("attention"):
-            q, k, v = project(x, self.qkv[...], self.qkv_bias[...])
+            q, k, v = project(x, self.qkv[...], self.compute, self.qkv_bias[...])
             if cache is not None:
                 k_past, v_past, length = cache
                 k = jax.lax.dynamic_update_slice_in_dim(k_past, k, length, axis=1)
@@ -172,9 +173,9 @@ class Block(nnx.Module):
                 q, k, v, mask=mask, rules=rules, key=key, kernel=self.compute.attention,
                 dropout_rate=self.config.attention_dropout,
             )  # fmt: skip
-            out = jnp.einsum(
-                "BTHN,HND->BTD", mixed, self.out[...],
-                out_sharding=sum_over("act_heads", rules),
+            out = product(
+                "BTHN,HND->BTD", mixed, self.out[...], self.compute,
+                sum_over("act_heads", rules),
             )  # fmt: skip
             out = to_residual(out, rules)
             return out + spread(self.out_bias[...].astype(dtype), out), cache
@@ -183,14 +184,14 @@ class Block(nnx.Module):
         dtype, rules = x.dtype, self.compute.rules
         x = from_residual(x, rules, "act_mlp")
         with jax.named_scope("mlp"):
-            up = jnp.einsum(
-                "BTD,DF->BTF", x, self.up[...],
-                out_sharding=rules.spec("batch", "seq", "act_mlp"),
+            up = product(
+                "BTD,DF->BTF", x, self.up[...], self.compute,
+                rules.spec("batch", "seq", "act_mlp"),
             )  # fmt: skip
             up = gelu(up + spread(self.up_bias[...].astype(dtype), up), True)
-            down = jnp.einsum(
-                "BTF,FD->BTD", up, self.down[...],
-                out_sharding=sum_over("act_mlp", rules),
+            down = product(
+                "BTF,FD->BTD", up, self.down[...], self.compute,
+                sum_over("act_mlp", rules),
             )  # fmt: skip
             down = to_residual(down, rules)
             return down + spread(self.down_bias[...].astype(dtype), down)

@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, Int
 
 from lm_scale.errors import InputError
 from lm_scale.models.compute import Compute
-from lm_scale.models.layers import kept
+from lm_scale.models.layout import kept
 from lm_scale.sharding import Rules, shards
 
 Kernel = Literal["xla", "splash", "cudnn", "ring"]

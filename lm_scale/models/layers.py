@@ -12,13 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from lm_scale.errors import InputError
 from lm_scale.models.compute import Compute
-from lm_scale.models.layout import mesh_axes_of, shared, spread, to_residual
+from lm_scale.models.layout import kept, mesh_axes_of, shared, spread, to_residual
+from lm_scale.models.product import product
 from lm_scale.sharding import ones, param, zeros
 
 
@@ -190,14 +191,10 @@ def _gelu_backward(approximate, slope, dy):
 _gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
-def kept(x: Array) -> Array:
-    """Named for the remat policy `dots`: it keeps this, and so needs less."""
-    return checkpoint_name(x, "products")
-
-
 def project(
     x: Float[Array, "B T D"],
     weight: Float[Array, "D C H N"] | Float[Array, "D C F"],
+    compute: Compute,
     bias: Float[Array, "C H N"] | Float[Array, "C F"] | None = None,
 ) -> list[Float[Array, "B T H N"]] | list[Float[Array, "B T F"]]:
     """The C products of `x` with the parts of a weight, one by one.
@@ -206,12 +203,16 @@ def project(
     """
     made = "HN" if weight.ndim == 4 else "F"
     products = []
+    if compute.quantize is not None:
+        # Rounding asks for no layout: left alone, XLA for TPUs gathers the parts row by
+        # row in turn, which takes a fifth of a step (Llama 3.1 8B on a v5p-128).
+        order = (1, 0, *range(2, weight.ndim))
+        weight = with_layout_constraint(weight, Layout(order))
     for part in range(weight.shape[1]):
-        product = jnp.einsum(f"BTD,D{made}->BT{made}", x, weight[:, part])
+        y = product(f"BTD,D{made}->BT{made}", x, weight[:, part], compute)
         if bias is not None:
-            dims = range(2, product.ndim)
-            product = product + spread(bias[part], product, *dims)
-        products.append(product)
+            y = y + spread(bias[part], y, *range(2, y.ndim))
+        products.append(y)
     return products
 
 

@@ -114,6 +114,11 @@ def gather(weight: Array, compute: Compute, dtype: str | None = None) -> Array:
     return widen(weight, whole, dtype=dtype, wire=compute.grad_dtype)
 
 
+def kept(x: Array) -> Array:
+    """Named for the remat policy `dots`: it keeps this, and so needs less."""
+    return checkpoint_name(x, "products")
+
+
 def spread(weight: Array, x: Array, *dims: int) -> Array:
     """A bias or scale broadcast to the shape and the sharding of the activation `x`.
 

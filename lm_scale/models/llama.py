@@ -36,6 +36,7 @@ from lm_scale.models.layout import (
     sum_over,
     to_residual,
 )
+from lm_scale.models.product import product
 from lm_scale.models.rotary import FrequencyScaling, rotary_tables, rotate
 from lm_scale.models.scan import layer_keys, scan_blocks
 from lm_scale.sharding import Normal, param, stack, zeros
@@ -261,8 +262,8 @@ class Block(nnx.Module):
         dtype, rules = x.dtype, self.compute.rules
         x = from_residual(x, rules, "act_heads", "act_kv_heads")
         with jax.named_scope("attention"):
-            q = jnp.einsum("BTD,DHN->BTHN", x, self.q[...])
-            k, v = project(x, self.kv[...])
+            q = product("BTD,DHN->BTHN", x, self.q[...], self.compute)
+            k, v = project(x, self.kv[...], self.compute)
             if self.config.qkv_bias:
                 q = q + spread(self.q_bias[...], q)
                 k = k + spread(self.kv_bias[...][0], k)
@@ -279,9 +280,9 @@ class Block(nnx.Module):
                 q, k, v, mask=mask, rules=rules, key=key, kernel=self.compute.attention,
                 dropout_rate=self.config.attention_dropout,
             )  # fmt: skip
-            out = jnp.einsum(
-                "BTHN,HND->BTD", mixed, self.out[...],
-                out_sharding=sum_over("act_heads", rules),
+            out = product(
+                "BTHN,HND->BTD", mixed, self.out[...], self.compute,
+                sum_over("act_heads", rules),
             )  # fmt: skip
             out = to_residual(out, rules)
             if self.config.out_bias:
@@ -293,10 +294,10 @@ class Block(nnx.Module):
         x = from_residual(x, rules, "act_mlp")
         with jax.named_scope("mlp"):
             bias = self.up_bias[...] if self.config.mlp_bias else None
-            gate, up = project(x, self.up[...], bias)
-            down = jnp.einsum(
-                "BTF,FD->BTD", jax.nn.silu(gate) * up, self.down[...],
-                out_sharding=sum_over("act_mlp", rules),
+            gate, up = project(x, self.up[...], self.compute, bias)
+            down = product(
+                "BTF,FD->BTD", jax.nn.silu(gate) * up, self.down[...], self.compute,
+                sum_over("act_mlp", rules),
             )  # fmt: skip
             down = to_residual(down, rules)
             if self.config.mlp_bias:

@@ -24,6 +24,7 @@ from lm_scale.assemble import flops_per_token
 from lm_scale.config import RunConfig
 from lm_scale.data.tokenizer import load_tokenizer
 from lm_scale.errors import InputError
+from lm_scale.models.product import check_quantize
 from lm_scale.planning.accelerators import Slice, find_slice
 from lm_scale.planning.compile_step import (
     Arguments,
@@ -33,7 +34,12 @@ from lm_scale.planning.compile_step import (
 )
 from lm_scale.planning.gpus import AbsentGpu
 from lm_scale.planning.memory_model import Estimate, MemoryModel, score_bytes
-from lm_scale.planning.time_model import attention_flops, hbm_bytes, sent_bytes
+from lm_scale.planning.time_model import (
+    attention_flops,
+    hbm_bytes,
+    seconds_at_peak,
+    sent_bytes,
+)
 from lm_scale.run_json import from_dict, to_dict
 from lm_scale.run_text import open_source
 from lm_scale.shapes import parameter_count
@@ -176,7 +182,7 @@ def make_plan(
         times = estimate(config, chosen, compiled, tokens, flops)
     else:
         moved, sent = hbm_bytes(config, reckoned), sent_bytes(config, mesh, reckoned)
-        times = bounds(chosen, flops, moved, sent)
+        times = bounds(config, chosen, flops, moved, sent)
     step = times.step if times else None
     seconds = times.least if times and chosen.generation.is_gpu else step
     hours = None if steps is None or seconds is None else steps * seconds / 3600
@@ -194,7 +200,7 @@ def make_plan(
         reckoned=reckoned,
         times=times,
         tokens_per_s=tokens / step if step else None,
-        mfu=times.compute / step if times and step else None,
+        mfu=flops / (chosen.devices * chosen.generation.peak) / step if step else None,
         length=Length(steps, why, hours, chip_hours, cost),
     )
     # For GPUs XLA compiles what is too large, too.
@@ -229,7 +235,7 @@ def estimate(
     program = compiled.program
     if program is None:
         return None
-    least = bounds(chosen, flops, program.hbm_bytes, program.sent)
+    least = bounds(config, chosen, flops, program.hbm_bytes, program.sent)
     clock, links = chosen.generation.clock, chosen.ici_bandwidth
     if chosen.generation.is_gpu:
         return least
@@ -243,12 +249,14 @@ def estimate(
     )  # fmt: skip
 
 
-def bounds(chosen: Slice, flops: float, moved: float, sent: float) -> Times:
+def bounds(
+    config: RunConfig, chosen: Slice, flops: float, moved: float, sent: float
+) -> Times:
     """The bounds of a step, and no estimate of it.
 
     flops: of all devices; moved, sent: bytes of one, through its HBM and its links.
     """
-    compute = flops / (chosen.devices * chosen.generation.peak)
+    compute = seconds_at_peak(config, flops / chosen.devices, chosen)
     hbm = _over(moved, chosen.hbm_bandwidth)
     ici = _over(sent, chosen.ici_bandwidth)
     each = {"compute": compute, "hbm": hbm or 0.0, "ici": ici or 0.0}
@@ -264,6 +272,7 @@ def reckon(config: RunConfig, mesh: Mesh) -> Estimate:
     Their attention is cuDNN's, which can't be traced without them and keeps what `xla`
     keeps, but makes no scores.
     """
+    check_quantize(config.compute, mesh.devices.flat[0])
     kernel, _ = config.choose_attention(mesh)
     compute = replace(config.compute, attention="xla")
     plain = replace(config, compute=compute)

@@ -133,9 +133,12 @@ def _bounds(plan: Plan) -> Table:
     times = plan.times
     assert times is not None
     how = "" if plan.reckoned is None else ", by the bytes as reckoned"
+    at_peak = plan.flops / (plan.chips.devices * plan.chips.peak)
+    whole = times.compute > 0.9 * at_peak
+    in_8_bits = "" if whole else ", two of three at twice that"
     table = _rows([], f"No step can be faster than{how} (the largest: {times.binds})")
     for name, text, value in (
-        ("compute", "the model's FLOPs at the peak", times.compute),
+        ("compute", f"the model's FLOPs at the peak{in_8_bits}", times.compute),
         ("hbm", "the bytes that the program reads and writes", times.hbm),
         ("ici", "the bytes that a device sends, over all its links", times.ici),
     ):

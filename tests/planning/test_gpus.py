@@ -66,6 +66,21 @@ def test_gpus_that_are_not_here_are_reckoned(tmp_path):
     assert "It should fit" in text and "at most" in text and "100 steps" in text
 
 
+def test_products_in_8_bits(tmp_path):
+    """Two of three take half of the time; MFU would be by the bf16 peak."""
+    plain = config(tmp_path)
+    compute = dataclasses.replace(plain.compute, quantize="float8")
+    rounded = dataclasses.replace(plain, compute=compute)
+    times = [make_plan(one, "h100-8").times for one in (plain, rounded)]
+    assert times[0] is not None and times[1] is not None
+    assert times[1].compute == pytest.approx(2 / 3 * times[0].compute)
+    text = "the model's FLOPs at the peak, two of three at twice that"
+    assert text in printed(make_plan(rounded, "h100-8"))
+    assert text not in printed(make_plan(plain, "h100-8"))
+    with pytest.raises(InputError, match="'float8' gains nothing on NVIDIA A100"):
+        make_plan(rounded, "a100-8")
+
+
 def test_what_a_run_costs_at_least(tmp_path):
     plan = make_plan(config(tmp_path), "h100-8", price=3.0)
     assert plan.times is not None and plan.length.hours is not None
