@@ -5,7 +5,7 @@
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import optax
@@ -48,7 +48,12 @@ def declare_model(config: RunConfig, mesh: Mesh) -> Model:
     return model
 
 
-def make_parts(config: RunConfig, model: Model, steps: int) -> Parts:
+def make_parts(
+    config: RunConfig,
+    model: Model,
+    steps: int,
+    xla_options: Mapping[str, str] | None = None,
+) -> Parts:
     """Optimizer and train step of a run of so many steps."""
     schedule = make_schedule(config.schedule, steps)
     optimizer = make_optimizer(
@@ -57,6 +62,7 @@ def make_parts(config: RunConfig, model: Model, steps: int) -> Parts:
     step = make_train_step(
         model, optimizer, schedule, seed=config.seed,
         accumulate=config.accumulate, skip_bad=config.guard.policy != "off",
+        xla_options=xla_options,
     )  # fmt: skip
     return Parts(optimizer, step)
 

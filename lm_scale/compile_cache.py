@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiled programs that stay on the disk, for the next run on this machine."""
 
+import contextlib
 import hashlib
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 LIMIT = 2 << 30  # bytes; those that were not used for longest go first
 
@@ -47,3 +50,17 @@ def cpu_kind() -> str:
     features = (line for line in lines if line.startswith(("flags", "Features")))
     kind = f"{platform.machine()} {platform.processor()} {next(features, '')}"
     return hashlib.sha256(kind.encode()).hexdigest()[:12]
+
+
+@contextlib.contextmanager
+def uncached() -> Iterator[None]:
+    """Without jax's own cache: it keeps programs that it cannot read without a chip."""
+    config: Any = jax.config
+    before = config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # it decides once for all
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()

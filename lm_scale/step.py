@@ -6,7 +6,7 @@ say where they live, and the same function runs data-parallel or model-parallel.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -147,6 +147,7 @@ def make_train_step(
     seed: int,
     accumulate: int = 1,
     skip_bad: bool = True,
+    xla_options: Mapping[str, str] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The jitted step: (state, batch) -> (state, metrics); donates the state.
 
@@ -158,6 +159,7 @@ def make_train_step(
     skip_bad: if the loss or the gradient norm is not finite, parameters and optimizer
     state stay what they were, bit for bit, and only `step` and `skipped` go on. Metrics
     are then skipped (1 if this update was, else 0) and skipped_total besides.
+    xla_options: of the compiler, by name.
     """
     graphdef, compute = nnx.split(model)[0], model.compute
     state_specs = optimizer_specs(model)
@@ -216,7 +218,8 @@ def make_train_step(
             metrics["skipped_total"] = skipped.astype(jnp.float32)
         return TrainState(state.step + 1, skipped, params, opt_state), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    options: dict[str, str | bool] = dict(xla_options or {})
+    return jax.jit(train_step, donate_argnums=0, compiler_options=options or None)
 
 
 def is_good(loss: Float[Array, ""], grad_norm: Float[Array, ""]) -> Bool[Array, ""]:

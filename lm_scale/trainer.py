@@ -48,6 +48,7 @@ from lm_scale.signals import Signals, stop_on_signals
 from lm_scale.start import fingerprint, first_state, keep_config, set_up
 from lm_scale.step import TrainState, abstract_state, make_eval_step
 from lm_scale.watchdog import Watchdog
+from lm_scale.xla_options import xla_options
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def run(
     """The state restored or made, the loop, the end."""
     # 1. Model and optimizer: the state is restored if there is one, else made.
     steps = config.total_steps(text.batches.examples)
-    parts = make_parts(config, model, steps)
+    parts = make_parts(config, model, steps, xla_options(mesh))
     optimizer = parts.optimizer
     describe(config, model, mesh, text.batches, steps, console)
     folder = CheckpointFolder(config.checkpoints)

@@ -25,7 +25,7 @@ ORDER = (
         "peaks",
         "splitmix",
     ),
-    ("data.ahead",),
+    ("data.ahead", "xla_options"),
     ("wandb_run", "cluster", "changes", "manifest"),
     ("sharding", "objectives", "optim", "metrics", "distributed", "data", "lock"),
     ("checkpoint_folder", "replicas"),

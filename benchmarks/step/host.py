@@ -104,8 +104,8 @@ def of_a_run(
             batches.append(batch)
         return step(state, batch)
 
-    def parts(config: RunConfig, model: Model, steps: int) -> Parts:
-        return Parts(make_parts(config, model, steps).optimizer, called)
+    def parts(config: RunConfig, model: Model, steps: int, options: dict) -> Parts:
+        return Parts(make_parts(config, model, steps, options).optimizer, called)
 
     trainer.make_parts = parts
     try:

@@ -19,16 +19,18 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from lm_scale.assemble import declare_model, make_parts
+from lm_scale.compile_cache import uncached
 from lm_scale.config import RunConfig
 from lm_scale.objectives import NoiseKeys, Vocabulary
 from lm_scale.planning import kept
 from lm_scale.planning.accelerators import GIB, Slice
 from lm_scale.planning.gpus import gpu_devices
-from lm_scale.planning.libtpu import quiet, topology_devices, uncached
+from lm_scale.planning.libtpu import quiet, topology_devices
 from lm_scale.planning.program import Program, read
 from lm_scale.run_json import from_dict, to_dict
 from lm_scale.sharding import make_mesh
 from lm_scale.step import abstract_state
+from lm_scale.xla_options import xla_options
 
 STEPS = 10_000  # of the schedule, where the run's length is not known: a constant in it
 MESSAGE_LINES, MESSAGE_WIDTH = 14, 160  # of what the compiler says of a failure
@@ -128,12 +130,14 @@ def compile_step(
 ) -> CompiledStep:
     """The step of `config` for the mesh's devices.
 
-    steps: of the run. options: XLA's, by name. cache: a folder of results, by a hash of
-    the lowered program, its devices, the options and the versions of the compiler.
-    tell: hears of what takes long.
+    steps: of the run. options: XLA's, besides those of a run. cache: a folder of
+    results, by a hash of the lowered program, its devices, the options and the versions
+    of the compiler. tell: hears of what takes long.
     Raises InputError if the mesh cannot cut the batch or the weights.
     """
     begun = time.monotonic()
+    with quiet():
+        options = xla_options(mesh) | dict(options or {})
     lowered, arguments = lower_step(config, mesh, steps)
     made_by = f"jax {version('jax')}, {compiler_of(mesh)}"
     path = None
@@ -145,7 +149,7 @@ def compile_step(
     tell("Compiling the step, which takes minutes the first time ...")
     try:
         with quiet(), uncached():
-            compiled = lowered.compile(dict(options) if options else None)
+            compiled = lowered.compile({**options})
             text = compiled.as_text()
     except jax.errors.JaxRuntimeError as error:
         failure = explain_failure(error)

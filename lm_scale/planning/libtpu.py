@@ -7,9 +7,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 from jax.experimental import topologies
-from jax.experimental.compilation_cache import compilation_cache
 
 from lm_scale.errors import InputError
 from lm_scale.planning.accelerators import Slice
@@ -50,17 +48,3 @@ def quiet() -> Iterator[None]:
     finally:
         os.dup2(saved, 2)
         os.close(saved)
-
-
-@contextlib.contextmanager
-def uncached() -> Iterator[None]:
-    """Without jax's own cache: it keeps programs that it cannot read without a chip."""
-    config: Any = jax.config
-    before = config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # it decides once for all
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_compilation_cache", before)
-        compilation_cache.reset_cache()

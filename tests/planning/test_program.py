@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lm_scale.compile_cache import uncached
 from lm_scale.planning.accelerators import find_slice
 from lm_scale.planning.collectives import axes_of, group_of
-from lm_scale.planning.libtpu import quiet, topology_devices, uncached
+from lm_scale.planning.libtpu import quiet, topology_devices
 from lm_scale.planning.program import Traffic, read
 from lm_scale.sharding import MeshShape, make_mesh
 
