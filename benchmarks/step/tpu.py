@@ -92,18 +92,21 @@ class Large:
     rules: str
     remat: str
     accumulate: int
+    quantize: str | None = None
 
     @property
     def name(self) -> str:
-        return f"llama3_8b {self.slice}"
+        in_8_bits = "" if self.quantize is None else f" {self.quantize}"
+        return f"llama3_8b {self.slice}{in_8_bits}"
 
     def ask(self) -> tuple[RunConfig, str]:
         """The config, and the slice."""
         path = str(CONFIGS / "llama3_8b.py")
         config = load_config(path, [], prog="benchmarks.step.tpu")
         compute = dataclasses.replace(
-            config.compute, rules=PRESETS[self.rules], remat=cast(Any, self.remat)
-        )
+            config.compute, rules=PRESETS[self.rules], remat=cast(Any, self.remat),
+            quantize=cast(Any, self.quantize),
+        )  # fmt: skip
         return dataclasses.replace(
             config, mesh=self.mesh, compute=compute, accumulate=self.accumulate
         ), self.slice
@@ -112,9 +115,14 @@ class Large:
 # v5e, v6e: the best that `lm-scale plan --search` compiled; v5p: the config's own.
 LARGE = (
     Large("v5e-256", MeshShape(data=4, fsdp=16, tensor=4), "fsdp_tp_sp", "dots", 4),
+    Large("v5e-256", MeshShape(data=4, fsdp=16, tensor=4), "fsdp_tp_sp", "dots", 4,
+          "int8"),
     Large("v6e-64", MeshShape(data=2, fsdp=16, tensor=2), "fsdp_tp_sp", "dots", 8),
+    Large("v6e-64", MeshShape(data=2, fsdp=16, tensor=2), "fsdp_tp_sp", "dots", 8,
+          "int8"),
     Large("v5p-128", MeshShape(data=1, fsdp=64), "fsdp", "dots", 8),
-)
+    Large("v5p-128", MeshShape(data=1, fsdp=64), "fsdp", "dots", 8, "int8"),
+)  # fmt: skip
 
 
 def large_cells(large: Large, row: Row | None) -> list[str]:
@@ -122,6 +130,7 @@ def large_cells(large: Large, row: Row | None) -> list[str]:
     sizes = dataclasses.asdict(large.mesh)
     mesh = " ".join(f"{axis}={n}" for axis, n in sizes.items() if n > 1)
     how = f"{large.rules}, {large.remat}, {large.accumulate}"
+    how += "" if large.quantize is None else f", {large.quantize}"
     if row is None or row.step is None or row.peak is None or row.tokens_per_s is None:
         return [large.slice, mesh, how, "not compiled yet", *[""] * 6]
     waited = sum(one[3] for one in row.traffic)
