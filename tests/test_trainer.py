@@ -16,7 +16,7 @@ from lm_scale import hf
 from lm_scale.checkpoint_folder import CheckpointFolder
 from lm_scale.errors import InputError
 from lm_scale.evaluate import evaluate
-from lm_scale.models import build_model
+from lm_scale.models import Compute, build_model
 from lm_scale.run_json import read_run
 from lm_scale.runs import open_run
 from lm_scale.sharding import MeshShape, flatten, make_mesh
@@ -191,6 +191,15 @@ def test_a_run_opens_on_one_device(straight, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda *_: one)
     run = open_run(config.run_dir)
     assert run.mesh.size == 1
+
+
+def test_a_run_in_8_bits_opens_without_them(tmp_path):
+    compute = Compute(dtype="float32", remat="dots", quantize="int8")
+    config = causal_run(tmp_path, compute=compute, steps=2, sample_prompt=None)
+    train(config)
+    assert read_run(config.run_dir).compute.quantize == "int8"
+    run = open_run(config.run_dir)
+    assert run.model.compute.quantize is None
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_its_work_done_again(

@@ -9,16 +9,14 @@ Writes the table of README.md, and low_precision.png (matplotlib).
 """
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from benchmarks.plan import markdown
+from benchmarks.scaling.throughput import lm_scale
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+CONFIG = "configs/quickstart.py"
 RUNS = {
     "float32": (),
     "float32, another seed": ("--seed", "1"),
@@ -29,24 +27,11 @@ MEAN_OF = 40  # steps; the training loss of one is that of 1024 tokens
 AT = (100, 200, 300, 420)
 
 
-def lm_scale(command: str, *options: str) -> None:
-    """Runs it on one device, and shows what it said if it fails."""
-    done = subprocess.run(
-        [sys.executable, "-m", "lm_scale", command, "configs/quickstart.py",
-         *options],
-        cwd=ROOT, text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    if done.returncode:
-        raise SystemExit(done.stdout)
-
-
 def train(store: str, run: str, *options: str) -> tuple[dict[int, float], float]:
     """The loss of each step, and that of the held-out text at the end."""
     lm_scale(
-        "train", "--data.store", store, "--run-dir", run, "--log-every", "1",
-        "--save-every", "None", "--sample-prompt", "None", *options,
+        "train", 1, 1, CONFIG, "--data.store", store, "--run-dir", run,
+        "--log-every", "1", "--save-every", "None", "--sample-prompt", "None", *options,
     )  # fmt: skip
     lines = (Path(run) / "metrics.jsonl").read_text().splitlines()
     found = [json.loads(line) for line in lines]
@@ -89,7 +74,7 @@ def main() -> None:
     curves, rows = {}, []
     with tempfile.TemporaryDirectory() as folder:
         store = f"{folder}/store"
-        lm_scale("prepare", "--data.store", store)
+        lm_scale("prepare", 1, 1, CONFIG, "--data.store", store)
         for number, (name, options) in enumerate(RUNS.items()):
             curves[name], held_out = train(store, f"{folder}/{number}", *options)
             means = [f"{smooth(curves[name], step):.3f}" for step in AT]

@@ -5,7 +5,7 @@
     python -m benchmarks.step.tpu GPT-2 --fresh  # rows whose names hold this, anew
 
 The old step was compiled in the same way, by the same compiler: see README.md. And
-Llama 3.1 8B on slices of 64 and 256 chips. Two minutes of CPU a row, three to five of
+Llama 3.1 8B on slices of 64 and 256 chips. Two minutes of CPU a row, four to six of
 the Llamas'. Keeps what it has in tpu.json.
 """
 

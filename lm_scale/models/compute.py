@@ -16,8 +16,9 @@ class Compute:
     # and the loss are float32 in either case.
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     # Products of activations with the blocks' weights, and those of their gradients, in
-    # 8 bits (qwix; see models/product.py), on devices that are faster so. Weights stay
-    # float32, and a trained run is opened (eval, generate, export) without it.
+    # 8 bits (qwix), where a device multiplies these faster; of those that were compiled
+    # for, it shortens a step of TPU v5p alone (benchmarks/step). Weights stay float32,
+    # and a trained run is opened (eval, generate, export) without it.
     quantize: Literal["int8", "float8"] | None = None
     # What the backward pass computes again: nothing; all but the outputs of matrix
     # products (and not of a kernel of attention); all but those of attention; or all

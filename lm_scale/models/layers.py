@@ -205,7 +205,7 @@ def project(
     products = []
     if compute.quantize is not None:
         # Rounding asks for no layout: left alone, XLA for TPUs gathers the parts row by
-        # row in turn, which takes a fifth of a step (Llama 3.1 8B on a v5p-128).
+        # row in turn, which takes a sixth of a step (Llama 3.1 8B on a v5p-128).
         order = (1, 0, *range(2, weight.ndim))
         weight = with_layout_constraint(weight, Layout(order))
     for part in range(weight.shape[1]):

@@ -5,8 +5,9 @@ Each factor is rounded to int8 or float8 by itself: of an activation every token
 weight every output has a scale of its own, its largest value (qwix). The factors of a
 forward pass are rounded, and those of the gradients of activations; the gradients of
 weights, sums over all tokens, stay in the compute type. So two of three products of a
-train step run in 8 bits, at twice the speed where the hardware has them, and a model is
-the same on any mesh: scales are of whole rows, not of a device's part of them.
+train step run in 8 bits, at twice the speed where the hardware has them, of which
+rounding takes a part (benchmarks/step). A model is the same on any mesh: scales are of
+whole rows, not of a device's part of them.
 """
 
 import functools
@@ -40,13 +41,13 @@ LEAST_CAPABILITY = {"int8": 8.0, "float8": 8.9}  # NVIDIA's: A100; L4, H100
 
 
 def check_quantize(compute: Compute, device: Any) -> None:
-    """InputError if such a device is no faster in 8 bits."""
+    """InputError if such a device multiplies no faster in 8 bits."""
     kind = compute.quantize
     if kind is not None and not _is_fast(kind, device):
         raise InputError(
-            f"compute.quantize = {kind!r} gains nothing on {device.device_kind}. int8 "
-            f"is for TPUs v5e, v5p and v6e and for NVIDIA's GPUs from the A100 on, "
-            f"float8 for TPU7x and GPUs from the L4 and H100 on. Leave it out here."
+            f"compute.quantize = {kind!r} gains nothing on {device.device_kind}. TPUs "
+            f"v5e, v5p and v6e and NVIDIA's GPUs from the A100 on multiply int8 "
+            f"faster; TPU7x, and GPUs from the L4 and H100 on, float8. Leave it out."
         )
 
 

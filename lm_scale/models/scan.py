@@ -109,11 +109,9 @@ def _dots(offload: bool) -> Callable[..., Any]:
         products = policies.offload_dot_with_no_batch_dims(**_TO_HOST)
 
     def policy(primitive, *operands, **params):
-        if primitive.name == "dot_general":
-            into = params.get("out_sharding")
-            in_8_bits = operands[0].dtype.itemsize == 1  # scaled, it is smaller
-            if in_8_bits or (into and into.spec.unreduced):
-                return False
+        into = params.get("out_sharding")
+        if primitive.name == "dot_general" and into and into.spec.unreduced:
+            return False
         choose = named if primitive.name == "name" else products
         return choose(primitive, *operands, **params)
 

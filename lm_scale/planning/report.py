@@ -134,7 +134,7 @@ def _bounds(plan: Plan) -> Table:
     assert times is not None
     how = "" if plan.reckoned is None else ", by the bytes as reckoned"
     at_peak = plan.flops / (plan.chips.devices * plan.chips.peak)
-    whole = times.compute > 0.9 * at_peak
+    whole = times.compute > 0.9 * at_peak  # or two thirds (time_model.seconds_at_peak)
     in_8_bits = "" if whole else ", two of three at twice that"
     table = _rows([], f"No step can be faster than{how} (the largest: {times.binds})")
     for name, text, value in (

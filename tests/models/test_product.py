@@ -109,7 +109,9 @@ def test_off_by_no_more_than_rounding(kind, pattern, mesh):
     back = f"{out},{right}->{left}"
     # (Gradients are rounded to float8's wider type, with a bit less.)
     bound = allowed(back, cotangent, weight, kind) * (1 if kind == "int8" else 2)
-    assert (np.abs(dx - plain[1]) <= bound + 1e-5 * np.abs(plain[1]).max()).all()
+    error, slack = np.abs(dx - plain[1]), 1e-5 * np.abs(plain[1]).max()
+    assert (error <= bound + slack).all()
+    assert error.max() > slack
     np.testing.assert_array_equal(dweight, plain[2])
 
 
@@ -184,34 +186,28 @@ def device(kind, platform="tpu", capability=None):
 
 
 @pytest.mark.parametrize(
-    ("quantize", "here"),
+    ("quantize", "here", "fast"),
     [
-        ("int8", device("TPU v2")),
-        ("int8", device("TPU v3")),
-        ("int8", device("TPU v4")),
-        ("float8", device("TPU v6 lite")),
-        ("int8", device("Tesla V100-SXM2-16GB", "gpu", "7.0")),
-        ("float8", device("NVIDIA A100-SXM4-40GB", "gpu", "8.0")),
-        ("int8", device("AMD Instinct MI300X", "gpu", "gfx942")),
+        ("int8", device("TPU v2"), False),
+        ("int8", device("TPU v3"), False),
+        ("int8", device("TPU v4"), False),
+        ("int8", device("TPU v5 lite"), True),
+        ("int8", device("TPU v6 lite"), True),
+        ("float8", device("TPU v6 lite"), False),
+        ("float8", device("TPU7x"), True),
+        ("int8", device("Tesla V100-SXM2-16GB", "gpu", "7.0"), False),
+        ("int8", device("NVIDIA A100-SXM4-40GB", "gpu", "8.0"), True),
+        ("float8", device("NVIDIA A100-SXM4-40GB", "gpu", "8.0"), False),
+        ("float8", device("NVIDIA H100 80GB HBM3", "gpu", "9.0"), True),
+        ("float8", device("NVIDIA B200", "gpu", "10.0"), True),
+        ("int8", device("AMD Instinct MI300X", "gpu", "gfx942"), False),
     ],
 )
-def test_refused_where_it_gains_nothing(quantize, here):
-    kind = here.device_kind
-    with pytest.raises(InputError, match=f"'{quantize}' gains nothing on {kind}"):
-        check_quantize(Compute(quantize=quantize), here)
+def test_refused_where_it_gains_nothing(quantize, here, fast):
     check_quantize(Compute(), here)
-
-
-@pytest.mark.parametrize(
-    ("quantize", "here"),
-    [
-        ("int8", device("TPU v5 lite")),
-        ("int8", device("TPU v6 lite")),
-        ("float8", device("TPU7x")),
-        ("int8", device("NVIDIA A100-SXM4-40GB", "gpu", "8.0")),
-        ("float8", device("NVIDIA H100 80GB HBM3", "gpu", "9.0")),
-        ("float8", device("NVIDIA B200", "gpu", "10.0")),
-    ],
-)
-def test_taken_where_it_is_fast(quantize, here):
-    check_quantize(Compute(quantize=quantize), here)
+    if fast:
+        check_quantize(Compute(quantize=quantize), here)
+        return
+    text = f"'{quantize}' gains nothing on {here.device_kind}"
+    with pytest.raises(InputError, match=text):
+        check_quantize(Compute(quantize=quantize), here)
