@@ -9,17 +9,19 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lm_scale.models import dropout as module
-from lm_scale.models.dropout import dropout, even_draws
+from lm_scale.models.dropout import dropout, even_draws, hashed
 
 ROWS, WIDTH = 512, 384
 
 
 def draws(key, shape=(ROWS, WIDTH)) -> np.ndarray:
-    return np.asarray(even_draws(key, shape, None))
+    found = np.asarray(even_draws(key, shape, None))
+    assert found.max() < 2**16
+    return found.astype(np.uint16)
 
 
 def bits(words: np.ndarray) -> np.ndarray:
-    return np.unpackbits(words.view(np.uint8)).reshape(*words.shape, 32)
+    return np.unpackbits(words.view(np.uint8)).reshape(*words.shape, 16)
 
 
 def is_half(found: np.ndarray) -> bool:
@@ -31,7 +33,8 @@ def is_half(found: np.ndarray) -> bool:
 def test_each_bit_is_even_and_tells_nothing_of_its_neighbours(seed):
     found = bits(draws(jax.random.key(seed)))
     assert abs(found.mean(axis=(0, 1)) - 0.5).max() < 5 * 0.5 / (ROWS * WIDTH) ** 0.5
-    for axis, shift in ((0, 1), (0, 2), (0, 256), (1, 1), (1, 2), (1, 128), (2, 1)):
+    for axis, shift in ((0, 1), (0, 2), (0, 256), (1, 1), (1, 2), (1, 128), (2, 1),
+                        (2, 5)):  # fmt: skip
         assert is_half(found == np.roll(found, shift, axis)), (axis, shift)
 
 
@@ -47,9 +50,9 @@ def test_masks_of_keys_have_nothing_in_common():
 
 
 def test_a_chi_square_of_bytes():
-    """The four bytes of a draw: 255 degrees of freedom each, within five deviations."""
+    """The two bytes of a draw: 255 degrees of freedom each, within five deviations."""
     words = draws(jax.random.key(9), (1024, 1024))
-    for byte in words.view(np.uint8).reshape(-1, 4).T:
+    for byte in words.view(np.uint8).reshape(-1, 2).T:
         expected = byte.size / 256
         square = ((np.bincount(byte, minlength=256) - expected) ** 2 / expected).sum()
         assert abs(square - 255) < 5 * (2 * 255) ** 0.5
@@ -83,6 +86,22 @@ def test_the_mesh_does_not_matter(spec):
     with jax.set_mesh(mesh):
         found = jax.jit(lambda key: even_draws(key, shape, sharding))(key)
     np.testing.assert_array_equal(np.asarray(found), alone)
+
+
+def test_a_bit_of_a_number_flips_each_bit_of_its_hash_half_of_the_time():
+    """As often as the docstring says, by 2**18 words: five deviations are 0.5 %."""
+    random = np.random.default_rng(0)
+    words, first, second = jnp.asarray(
+        random.integers(0, 2**32, (3, 2**18), dtype=np.uint32)
+    )
+    plain = np.asarray(hashed(words, first[0], second[0]))
+    biases = []
+    for bit in range(32):
+        changed = np.asarray(hashed(words ^ np.uint32(1 << bit), first[0], second[0]))
+        flipped = changed ^ plain
+        biases.append([np.mean(flipped >> at & 1) - 0.5 for at in range(32)])
+    assert np.abs(biases).max() < 0.02
+    assert np.sqrt(np.mean(np.square(biases))) < 0.002
 
 
 def test_slices_behind_2_to_the_32_elements_are_not_the_first_again(monkeypatch):
