@@ -48,7 +48,8 @@ ORDER = (
     ("models.layers",),
     ("data.packing", "data.token_cache", "data.where", "data.shown", "data.mixture"),
     ("data.examples", "data.share", "guard", "hub"),
-    ("data.mixed", "models.kernels", "models.ring", "models.blockwise"),
+    ("data.mixed", "models.vmem", "models.ring", "models.blockwise"),
+    ("models.kernels",),
     ("data.*", "models.attention", "models.rotary"),
     ("data.streamed",),
     ("models.*",),  # the families, which do not know one another
@@ -77,7 +78,7 @@ ORDER = (
         "planning.libtpu",
         "planning.gpus",
     ),
-    ("planning.program",),
+    ("planning.program", "planning.kernel_cycles"),
     ("planning.compile_step",),
     ("planning.activations",),
     ("planning.memory_model",),

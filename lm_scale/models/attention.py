@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from lm_scale.models.blockwise import Blocks, attend
 from lm_scale.models.dropout import dropout
-from lm_scale.models.kernels import cudnn, splash
+from lm_scale.models.kernels import cudnn, splash, vmem, vmem_takes
 from lm_scale.models.layout import widen
 from lm_scale.models.ring import ring_attention
 from lm_scale.sharding import Rules, shards
@@ -118,6 +118,12 @@ def attention(
     in_order = of_row and mask.is_in_order
     both_ways = mask.window is not None and not mask.causal
     how: Any = {"causal": mask.causal, "window": mask.window, "rules": rules}
+    one_kind = mask.key_segments is None and mask.window is None
+    if kernel == "vmem" and uncut and in_order and one_kind and vmem_takes(q, rules):
+        return vmem(
+            q, k, v, causal=mask.causal, segments=mask.segments,
+            dropout_rate=dropout_rate, key=key, rules=rules,
+        )  # fmt: skip
     if key is not None and dropout_rate > 0.0:
         kernel = "xla"
     if kernel == "ring" and not uncut and of_row and not both_ways:

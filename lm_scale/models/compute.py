@@ -30,7 +30,7 @@ class Compute:
     # Of gradients while they are summed over devices.
     grad_dtype: Literal["float32", "bfloat16"] = "float32"
     # What computes attention; auto: the best for the devices (see models/kernels.py).
-    attention: Literal["auto", "xla", "splash", "cudnn", "ring"] = "auto"
+    attention: Literal["auto", "xla", "splash", "vmem", "cudnn", "ring"] = "auto"
     # Positions of a sequence whose logits exist at one time; None: so many that those
     # of 2048 tokens do on a device.
     loss_chunk: int | None = None

@@ -28,6 +28,7 @@ from lm_scale.models.layers import (
     hf_matrix,
     hf_vector,
     project,
+    project_back,
 )
 from lm_scale.models.layout import (
     from_residual,
@@ -173,10 +174,7 @@ class Block(nnx.Module):
                 q, k, v, mask=mask, rules=rules, key=key, kernel=self.compute.attention,
                 dropout_rate=self.config.attention_dropout,
             )  # fmt: skip
-            out = product(
-                "BTHN,HND->BTD", mixed, self.out[...], self.compute,
-                sum_over("act_heads", rules),
-            )  # fmt: skip
+            out = project_back(mixed, self.out[...], self.compute)
             out = to_residual(out, rules)
             return out + spread(self.out_bias[...].astype(dtype), out), cache
 

@@ -4,15 +4,15 @@
     devices                     kernel  because
     any, sequences cut          ring    keys and values go round (models/ring.py)
     TPU v4 and later            splash  Pallas; passes over blocks that a mask rules out
-    TPU v2, v3                  xla     Mosaic has no bf16 matrix products for them
+    TPU v2, v3; with dropout    vmem    Pallas, our own; short rows: models/vmem.py
     NVIDIA, capability >= 8.0   cudnn   flash attention of the maker, in bf16
     others                      xla     a few blocks of queries: models/blockwise.py
 
 Flash attention (Dao et al. 2022) makes the scores a block at a time and keeps none, so
 its memory grows with the length of a sequence and not with its square. Masks and
 results are those of `xla`, but for rounding, and for a query that may look nowhere.
-None of them drops out attention weights, and only `ring` takes sequences that the mesh
-cuts; `xla` gathers their keys and values.
+Only `xla` and `vmem` drop out attention weights, and only `ring` takes sequences that
+the mesh cuts; `xla` gathers their keys and values.
 `choose_attention` settles it once, by the mesh's devices: a program may be compiled for
 TPUs on a machine that has none.
 """
@@ -27,14 +27,16 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key, UInt32
 
 from lm_scale.errors import InputError
 from lm_scale.models.compute import Compute
+from lm_scale.models.dropout import words_of
 from lm_scale.models.layout import kept
+from lm_scale.models.vmem import Call, attend_in_vmem, vmem_obstacle
 from lm_scale.sharding import Rules, shards
 
-Kernel = Literal["xla", "splash", "cudnn", "ring"]
+Kernel = Literal["xla", "splash", "vmem", "cudnn", "ring"]
 TPUS_WITHOUT_SPLASH = ("TPU v2", "TPU v3")
 NO_SEGMENT = jnp.iinfo(jnp.int32).min  # of the tokens that fill up a block
 LANES = 128  # Splash's blocks are multiples of it
@@ -63,6 +65,8 @@ def choose_attention(
     parts = shards(compute.rules, mesh, "seq")
     if wanted == "auto":
         best: dict[str, Kernel] = {"tpu": "splash", "gpu": "cudnn"}
+        if device.device_kind in TPUS_WITHOUT_SPLASH or model.attention_dropout:
+            best["tpu"] = "vmem"
         if parts == 1 and device.platform not in best:
             return "xla", f"xla ({device.device_kind})"
         kernel = best[device.platform] if parts == 1 else "ring"
@@ -70,6 +74,9 @@ def choose_attention(
         kernel = wanted
     reason = _obstacle(kernel, device, compute, model, segments)
     reason = reason or _obstacle_of_length(kernel, parts, length, causal)
+    if reason is None and kernel == "vmem":
+        heads = model.heads // shards(compute.rules, mesh, "act_heads")
+        reason = vmem_obstacle(heads, head_dim_of(model), length, compute.dtype)
     if reason is None:
         return kernel, f"{kernel} ({device.device_kind})"
     if wanted == "auto":
@@ -99,7 +106,11 @@ def _obstacle(
         reason = _cudnn_obstacle(device, compute, model, segments)
         if reason is not None:
             return reason
-    if model.attention_dropout:
+    if kernel == "vmem" and device.platform != "tpu":
+        return f"vmem is for TPUs, and the devices are {kind}"
+    if kernel == "vmem" and getattr(model, "window", None) is not None:
+        return f"vmem has no sliding window (model.window = {model.window})"
+    if model.attention_dropout and kernel != "vmem":
         return (
             f"{kernel} does not drop out attention weights "
             f"(model.attention_dropout = {model.attention_dropout})"
@@ -137,7 +148,7 @@ def _cudnn_obstacle(
         )
     if compute.dtype != "bfloat16":
         return f"cudnn computes in bfloat16 (compute.dtype = {compute.dtype})"
-    head_dim = getattr(model, "head_dim", model.embed // model.heads)
+    head_dim = head_dim_of(model)
     most = 256 if int(major) >= 9 else 128
     if head_dim % 8 or head_dim > most:
         return f"cudnn needs a head_dim of 8, 16 ... {most}, and it is {head_dim}"
@@ -146,6 +157,11 @@ def _cudnn_obstacle(
         # that too, which cuDNN has for a batch of one row only (jax issue 30593).
         return "cudnn cannot keep the documents or the padding of a row apart"
     return None
+
+
+def head_dim_of(model: Any) -> int:
+    """The width of a head, of any family's config."""
+    return getattr(model, "head_dim", model.embed // model.heads)
 
 
 def splash(
@@ -239,24 +255,77 @@ def cudnn(
     return checkpoint_name(_on_each_device(attend, q, k, v, rules=rules), "attention")
 
 
+def vmem_takes(q: Float[Array, "B T H N"], rules: Rules) -> bool:
+    """If rows of such queries can go through `vmem`: those of an evaluation, say."""
+    heads = q.shape[2] // shards(rules, jax.sharding.get_abstract_mesh(), "act_heads")
+    return vmem_obstacle(heads, q.shape[3], q.shape[1], str(q.dtype)) is None
+
+
+def vmem(
+    q: Float[Array, "B T H N"],
+    k: Float[Array, "B T K N"],
+    v: Float[Array, "B T K N"],
+    *,
+    causal: bool,
+    segments: Int[Array, "B T"] | None,
+    dropout_rate: float,
+    key: Key[Array, ""] | None,
+    rules: Rules,
+    interpret: bool = False,
+) -> Float[Array, "B T H N"]:
+    """`attention.attention` by our own kernel for TPUs, forward and backward.
+
+    For rows that `vmem_obstacle` has nothing against. Drops out the same weights as
+    `xla`. `interpret` runs it on any device, slowly.
+    """
+    heads, head_dim = q.shape[2:]
+    words = None
+    if key is not None and dropout_rate > 0.0:
+        words = words_of(key)
+    rate = 0.0 if words is None else dropout_rate
+    call = Call(heads, head_dim, causal, rate, interpret)
+
+    def attend(q, k, v, segments, words):
+        B, T, H, _ = q.shape
+        noise = None
+        if words is not None:
+            firsts = [_place(rules.batch) * B, _place(rules.act_heads) * H]
+            noise = jnp.concatenate([words, jnp.array(firsts, jnp.uint32)])
+        k, v = (jnp.repeat(x, H // x.shape[2], axis=2) for x in (k, v))
+        q, k, v = (x.reshape(B, T, H * head_dim) for x in (q, k, v))
+        mixed: Any = attend_in_vmem(call, q, k, v, noise, segments)
+        return mixed.reshape(B, T, H, head_dim)
+
+    return _on_each_device(attend, q, k, v, segments, words, rules=rules)
+
+
+def _place(axes: tuple[str, ...]) -> Int[Array, ""] | int:
+    """Which part a device has of what is cut over these mesh axes."""
+    return jax.lax.axis_index(axes) if axes else 0
+
+
 def _on_each_device(
     kernel: Callable[..., Array],
     q: Float[Array, "B T H N"],
     k: Float[Array, "B T K N"],
     v: Float[Array, "B T K N"],
-    *segments: Int[Array, "B T"] | None,
+    *others: Int[Array, "B T"] | UInt32[Array, "2"] | None,
     rules: Rules,
 ) -> Float[Array, "B T H N"]:
-    """`kernel` on each device's rows and heads."""
+    """`kernel` on each device's rows and heads; words of a key are the same for all."""
     mine = rules.spec("batch", "seq", "act_heads", None)
-    if rules.act_kv_heads != rules.act_heads:
+    if k.shape[2] != q.shape[2] and rules.act_kv_heads != rules.act_heads:
         # Fewer key-value heads than parts: each device takes those of its queries.
         k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     k, v = jax.reshard(k, mine), jax.reshard(v, mine)
-    rows = rules.spec("batch", "seq")
-    ids = [None if x is None else jax.reshard(x, rows) for x in segments]
+    rows, whole = rules.spec("batch", "seq"), rules.spec(None)
+    specs = [rows if x is None or x.ndim == 2 else whole for x in others]
+    cut = [
+        None if x is None else jax.reshard(x, spec)
+        for x, spec in zip(others, specs, strict=True)
+    ]
     return jax.shard_map(
         kernel,
-        in_specs=(mine, mine, mine, *[rows] * len(ids)), out_specs=mine,
+        in_specs=(mine, mine, mine, *specs), out_specs=mine,
         check_vma=False,  # a Pallas kernel does not say over which axes it varies
-    )(q, k, v, *ids)  # fmt: skip
+    )(q, k, v, *cut)  # fmt: skip

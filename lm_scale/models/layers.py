@@ -18,7 +18,14 @@ from jaxtyping import Array, Float, Int
 
 from lm_scale.errors import InputError
 from lm_scale.models.compute import Compute
-from lm_scale.models.layout import kept, mesh_axes_of, shared, spread, to_residual
+from lm_scale.models.layout import (
+    kept,
+    mesh_axes_of,
+    shared,
+    spread,
+    sum_over,
+    to_residual,
+)
 from lm_scale.models.product import product
 from lm_scale.sharding import ones, param, zeros
 
@@ -201,19 +208,46 @@ def project(
 
     Where one product makes them all, XLA for TPUs writes it out and copies the parts.
     """
-    made = "HN" if weight.ndim == 4 else "F"
-    products = []
+    heads, products = weight.shape[2:], []
     if compute.quantize is not None:
         # Rounding asks for no layout: left alone, XLA for TPUs gathers the parts row by
         # row in turn, which takes a sixth of a step (Llama 3.1 8B on a v5p-128).
         order = (1, 0, *range(2, weight.ndim))
         weight = with_layout_constraint(weight, Layout(order))
+    if len(heads) == 2 and compute.attention == "vmem":
+        # That has heads side by side: left alone, XLA has tokens there, and copies.
+        weight = merged(weight, 2)
+        bias = None if bias is None else merged(bias, 1)
+    made = "F" if weight.ndim == 3 else "HN"
     for part in range(weight.shape[1]):
         y = product(f"BTD,D{made}->BT{made}", x, weight[:, part], compute)
         if bias is not None:
             y = y + spread(bias[part], y, *range(2, y.ndim))
+        if y.shape[2:] != heads:
+            cut = PartitionSpec(*jax.typeof(y).sharding.spec, None)
+            y = jnp.reshape(y, (*y.shape[:2], *heads), out_sharding=cut)
         products.append(y)
     return products
+
+
+def project_back(
+    x: Float[Array, "B T H N"], weight: Float[Array, "H N D"], compute: Compute
+) -> Float[Array, "B T D"]:
+    """The product with all heads; partial sums where `act_heads` is cut."""
+    into = sum_over("act_heads", compute.rules)
+    if compute.attention == "vmem":
+        return product("BTF,FD->BTD", merged(x, 2), merged(weight, 0), compute, into)
+    return product("BTHN,HND->BTD", x, weight, compute, into)
+
+
+def merged(x: Array, dim: int) -> Array:
+    """`x` with its axes `dim` and `dim` + 1 as one, cut as the first of these."""
+    spec = jax.typeof(x).sharding.spec
+    parts, shape = [*spec.partitions], [*x.shape]
+    del parts[dim + 1]
+    shape[dim : dim + 2] = [x.shape[dim] * x.shape[dim + 1]]
+    cut = PartitionSpec(*parts, unreduced=spec.unreduced, reduced=spec.reduced)
+    return jnp.reshape(x, shape, out_sharding=cut)
 
 
 def embed(

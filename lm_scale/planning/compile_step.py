@@ -25,6 +25,7 @@ from lm_scale.objectives import NoiseKeys, Vocabulary
 from lm_scale.planning import kept
 from lm_scale.planning.accelerators import GIB, Slice
 from lm_scale.planning.gpus import gpu_devices
+from lm_scale.planning.kernel_cycles import kernel_cycles
 from lm_scale.planning.libtpu import quiet, topology_devices
 from lm_scale.planning.program import Program, read
 from lm_scale.run_json import from_dict, to_dict
@@ -80,6 +81,8 @@ class CompiledStep:
     program: Program | None
     memory: Memory | None
     failure: Failure | None
+    # Of attention in models/vmem.py; None: of other kernels, or no schedule was seen.
+    kernel_cycles: int | None
     seconds: float  # that lowering and compiling took
     made_by: str  # versions of jax and of the compiler
 
@@ -145,7 +148,7 @@ def compile_step(
         path = cache / f"{kept.key_of(lowered.as_text(), mesh, options, made_by)}.json"
         if (found := kept.read(path)) is not None:
             return from_dict(CompiledStep, found)
-    program = memory = failure = None
+    program = memory = failure = cycles = None
     tell("Compiling the step, which takes minutes the first time ...")
     try:
         with quiet(), uncached():
@@ -156,9 +159,11 @@ def compile_step(
     else:
         assert text is not None  # a program of XLA's has one
         program = read(text, dict(mesh.shape))
+        if config.choose_attention(mesh)[0] == "vmem":
+            cycles = kernel_cycles(config, mesh, program.kernels)
         memory = memory_of(compiled.memory_analysis(), arguments)
     result = CompiledStep(
-        arguments, program, memory, failure, time.monotonic() - begun, made_by
+        arguments, program, memory, failure, cycles, time.monotonic() - begun, made_by
     )
     if path is not None:
         kept.write(path, to_dict(result))

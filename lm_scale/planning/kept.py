@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 
 from lm_scale.compile_cache import user_cache
 
-READERS = ("hlo", "loops", "moved", "collectives", "program", "compile_step")
+READERS = ("hlo", "loops", "moved", "collectives", "program", "compile_step",
+           "kernel_cycles")  # fmt: skip
 
 
 def key_of(

@@ -3,6 +3,7 @@
 
     step = cycles / clock                      XLA's estimate of all but what follows
          + attention's FLOPs / peak            where a hand-written kernel does them
+           (of our own kernel: its schedule / clock)
          + bytes sent while it waits / ICI     of collectives that hide behind nothing
 
 Beside it stand three bounds that no step can be faster than: the model's FLOPs at the
@@ -86,7 +87,8 @@ class Times:
 
     step: float | None  # the estimate, of these three:
     cycles: float | None
-    kernels: float  # at least: attention's FLOPs, forward and backward, at the peak
+    # By their schedule; else at least: attention's FLOPs, both ways, at the peak.
+    kernels: float
     waiting: float  # for collectives that nothing hides
     # The bounds.
     compute: float
@@ -242,6 +244,8 @@ def estimate(
     cycles = program.cycles / clock if clock else None
     peak = chosen.devices * chosen.generation.peak
     kernels = tokens * attention_flops(config) / peak if program.kernels else 0.0
+    if compiled.kernel_cycles is not None and clock:
+        kernels = compiled.kernel_cycles / clock
     waiting = program.waited / links if links else 0.0
     return replace(
         least, step=None if cycles is None else cycles + kernels + waiting,
@@ -286,7 +290,7 @@ def not_compiled(reckoned: Estimate) -> CompiledStep:
     """In the place of a program, where there is no compiler for the devices."""
     given = Arguments(reckoned.weights, reckoned.optimizer, reckoned.batch)
     made_by = f"none: jax {version('jax')} compiles for a GPU only where there is one"
-    return CompiledStep(given, None, None, None, 0.0, made_by)
+    return CompiledStep(given, None, None, None, None, 0.0, made_by)
 
 
 def _over(size: float, bandwidth: float | None) -> float | None:

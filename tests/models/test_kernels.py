@@ -132,8 +132,8 @@ def choice(device, compute=None, model=LLAMA, *, segments=False, context=1, leng
     ("device", "kernel", "sentence"),
     [
         (CPU, "xla", "xla (cpu)"),
-        (tpu("v2"), "xla", "xla (TPU v2), because splash needs a TPU v4 or later"),
-        (tpu("v3"), "xla", "xla (TPU v3), because splash needs a TPU v4 or later"),
+        (tpu("v2"), "vmem", "vmem (TPU v2)"),
+        (tpu("v3"), "vmem", "vmem (TPU v3)"),
         (tpu("v4"), "splash", "splash (TPU v4)"),
         (tpu("v5 lite"), "splash", "splash (TPU v5 lite)"),
         (tpu("v6 lite"), "splash", "splash (TPU v6 lite)"),
@@ -144,7 +144,7 @@ def choice(device, compute=None, model=LLAMA, *, segments=False, context=1, leng
     ],
 )
 def test_the_devices_decide(device, kernel, sentence):
-    chosen, said = choice(device)
+    chosen, said = choice(device, length=256)
     assert chosen == kernel
     assert said.startswith(sentence)
 
@@ -152,7 +152,32 @@ def test_the_devices_decide(device, kernel, sentence):
 @pytest.mark.parametrize(
     ("device", "changes", "said"),
     [
-        (tpu("v4"), {"model": GPT2Config()}, "attention_dropout = 0.1"),
+        (tpu("v4"), {"model": GPT2Config(), "length": 200}, "and these have 200"),
+        (
+            tpu("v3"),
+            {"length": 2048},
+            "... 1024 tokens in bfloat16, and these have",
+        ),
+        (
+            tpu("v3"),
+            {"compute": Compute("float32"), "length": 640},
+            "256 ... 512 tokens in float32, and these have 640",
+        ),
+        (
+            tpu("v3"),
+            {"model": LlamaConfig(head_dim=32), "length": 128},
+            "a head_dim of 64 or 128, and it is 32",
+        ),
+        (
+            tpu("v3"),
+            {"model": GPT2Config(embed=192, heads=3), "length": 128},
+            "pairs of heads, and a device has 3",
+        ),
+        (
+            tpu("v3"),
+            {"model": LlamaConfig(kind="mistral", window=9), "length": 128},
+            "no sliding window (model.window = 9)",
+        ),
         (A100, {"model": RobertaConfig()}, "attention_dropout = 0.1"),
         (A100, {"compute": Compute("float32")}, "compute.dtype = float32"),
         (A100, {"model": LlamaConfig(head_dim=132)}, "it is 132"),
@@ -167,7 +192,7 @@ def test_what_a_kernel_cannot_do_xla_does(device, changes, said):
     assert f"xla ({device.device_kind}), because " in sentence
     assert said in sentence
     # Asked for by name, it is a mistake that is said before any work.
-    name = "splash" if device.platform == "tpu" else "cudnn"
+    name = "vmem" if device.platform == "tpu" else "cudnn"
     forced = replace(changes.get("compute", Compute()), attention=name)
     with pytest.raises(InputError, match=re.escape(said)):
         choice(device, **changes | {"compute": forced})
@@ -180,6 +205,9 @@ def test_what_a_kernel_cannot_do_xla_does(device, changes, said):
         (tpu("v4"), {"model": LlamaConfig(head_dim=30)}),
         (H200, {"model": LlamaConfig(head_dim=160)}),
         (A100, {"model": GPT2Config(attention_dropout=0.0)}),
+        (tpu("v5 lite"), {"model": RobertaConfig(), "segments": True, "length": 512}),
+        (tpu("v3"), {"compute": Compute("float32"), "length": 512}),
+        (tpu("v2"), {"model": GPT2Config(), "length": 1024}),
     ],
 )
 def test_what_a_kernel_can_do(device, changes):
@@ -192,14 +220,17 @@ def test_what_a_kernel_can_do(device, changes):
         (CPU, "splash", "splash is for TPUs, and the devices are cpu"),
         (A100, "splash", "splash is for TPUs, and the devices are NVIDIA A100"),
         (tpu("v3"), "splash", "splash needs a TPU v4 or later"),
+        (tpu("v4"), "splash", "splash does not drop out attention weights"),
+        (H200, "vmem", "vmem is for TPUs, and the devices are NVIDIA H200"),
         (CPU, "cudnn", "cudnn is for NVIDIA's GPUs, and the devices are cpu"),
         (tpu("v4"), "cudnn", "cudnn is for NVIDIA's GPUs"),
         (CPU, "ring", "ring is for sequences that the mesh cuts"),
     ],
 )
 def test_forcing_a_kernel_onto_the_wrong_devices_is_an_error(device, name, said):
+    model = RobertaConfig() if "drop out" in said else LLAMA
     with pytest.raises(InputError, match=f"compute.attention = '{name}'.*{said}"):
-        choice(device, Compute(attention=name))
+        choice(device, Compute(attention=name), model)
 
 
 @pytest.mark.parametrize("device", [CPU, tpu("v3"), tpu("v4"), H200])
@@ -357,7 +388,7 @@ def test_cudnn_in_the_program_for_a_gpu(monkeypatch):
 # --- For TPUs, of which there need be none --------------------------------------------
 
 
-def lowered_step(topology, monkeypatch, **settings):
+def lowered_step(topology, monkeypatch, length=200, head_dim=32, **settings):
     """The bf16 train step of a tiny Llama for a slice of TPUs, and its kernel."""
     pytest.importorskip("libtpu", reason="libtpu, which compiles for TPUs, is missing")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -365,18 +396,18 @@ def lowered_step(topology, monkeypatch, **settings):
     parts = MeshShape(data=-1, tensor=2)
     mesh = make_mesh(parts, described.devices)
     config = LlamaConfig(
-        vocab=256, positions=200, layers=2, embed=128, heads=4, kv_heads=2, head_dim=32,
-        mlp=256,
+        vocab=256, positions=length, layers=2, embed=128, heads=4, kv_heads=2,
+        head_dim=head_dim, mlp=256,
     )  # fmt: skip
     kernel, _ = choose_attention(
-        Compute(), config, mesh, length=200, causal=True, segments=False
+        Compute(), config, mesh, length=length, causal=True, segments=False
     )
     model = build_model(config, Compute(attention=kernel, **settings))
     schedule = make_schedule(Schedule(), 100)
     optimizer = make_optimizer(AdamW(), schedule, decay_mask(model))
     step = make_train_step(model, optimizer, schedule, seed=0)
     rows = NamedSharding(mesh, Rules().spec("batch", "seq"))
-    tokens = jax.ShapeDtypeStruct((8, 200), jnp.int32, sharding=rows)
+    tokens = jax.ShapeDtypeStruct((8, length), jnp.int32, sharding=rows)
     state = abstract_state(model, optimizer, mesh)
     with jax.set_mesh(mesh):
         return step.lower(state, {"tokens": tokens, "labels": tokens}), kernel
@@ -388,10 +419,13 @@ def test_the_step_for_a_new_tpu_has_the_mosaic_kernel(monkeypatch):
     assert "tpu_custom_call" in lowered.as_text()
 
 
-def test_the_step_for_an_old_tpu_has_none(monkeypatch):
+def test_the_step_for_an_old_tpu_has_our_own_for_rows_that_it_takes(monkeypatch):
     lowered, kernel = lowered_step("v3:2x2", monkeypatch)
     assert kernel == "xla"
     assert "tpu_custom_call" not in lowered.as_text()
+    lowered, kernel = lowered_step("v3:2x2", monkeypatch, length=256, head_dim=64)
+    assert kernel == "vmem"
+    assert "tpu_custom_call" in lowered.as_text()
 
 
 @pytest.mark.parametrize("remat", ["dots", "attention"])
@@ -415,8 +449,8 @@ FURTHER = pytest.param("v5e:2x2", marks=pytest.mark.exhaustive)
 @pytest.mark.filterwarnings("ignore:Error reading persistent")  # not for other devices
 @pytest.mark.parametrize("topology", ["v3:2x2", FURTHER, "v6e:2x2"])
 def test_the_step_of_a_tpu_compiles(topology, monkeypatch):
-    """Splash: one Mosaic call forward, one for dq, one for dk and dv."""
-    lowered, kernel = lowered_step(topology, monkeypatch)
+    """Splash: one Mosaic call forward, one for dq, one for dk and dv; vmem: two."""
+    lowered, kernel = lowered_step(topology, monkeypatch, length=384, head_dim=64)
     text = lowered.compile().as_text()
     calls = text.count('custom_call_target="tpu_custom_call"')
-    assert calls >= 3 if kernel == "splash" else calls == 0
+    assert calls >= 3 if kernel == "splash" else calls == 2

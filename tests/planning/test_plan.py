@@ -42,7 +42,7 @@ config = RunConfig(
     batch=64,
     steps=7200,
     slice="v3-8",
-    compute=Compute(loss_chunk=128, remat="none"),
+    compute=Compute(loss_chunk=128, remat="none", attention="xla"),
 )
 """
 
