@@ -35,7 +35,7 @@ config = RunConfig(
     batch=512,  # 64 a core: 262,144 tokens a step
     epochs=20,
     slice="v3-8",
-    compute=Compute(dtype="bfloat16", loss_chunk=64),
+    compute=Compute(dtype="bfloat16", loss_chunk=64, unroll=12),
     log_every=500,
     eval_every=2500,
     save_every=2500,
