@@ -296,10 +296,11 @@ class RunConfig:
 
     def choose_attention(self, mesh: Mesh) -> tuple[Kernel, str]:
         """What computes attention on this mesh, and why; InputError if it cannot."""
-        segments = self.data.examples != "blocks"
+        examples = self.data.examples
         return choose_attention(
             self.compute, self.model, mesh, length=self.seq_len,
-            causal=family_of(self.model).causal, segments=segments,
+            causal=family_of(self.model).causal, segments=examples != "blocks",
+            ragged=examples == "documents" and not self.data.pad_to_seq_len,
         )  # fmt: skip
 
     def total_steps(self, examples: int | None) -> int:

@@ -3,12 +3,12 @@
 
     python -m benchmarks.step.schedule "RoBERTa-base MLM, 128 x 128, bfloat16"
 
-For a row of tpu.py that is compiled for a TPU v3 or older: what XLA reckons an
-instruction to take, and what the instructions of the chip that it is made of take, one
-a cycle and as often as its loop is run. That counts what a turn of the loop may pass
-over as well, such as the end of a product that is made in parts, and no waiting for
-memory: of the two, the larger. What is in the schedule alone is what XLA does not
-reckon, such as multiplying integers where the chip cannot.
+For a row of tpu.py: what XLA reckons an instruction to take, and what the instructions
+of the chip that it is made of take, one a cycle and as often as its own loop turns.
+That counts what a turn may pass over as well, such as the end of a product that is made
+in parts, and no waiting for memory: of the two, take the larger. What is in the
+schedule alone is what XLA does not reckon, such as multiplying integers where the chip
+cannot. Each is counted once, in a loop over layers too.
 """
 
 import math
@@ -71,7 +71,7 @@ def compare(text: str, folder: Path) -> list[Line]:
     schedules = {}
     for file in folder.glob("*-final_bundles.txt"):
         found = re.fullmatch(r"\d+-(.*)-\d+-final_bundles.txt", file.name)
-        if found and "schedule-analysis" not in file.name:
+        if found:
             schedules[found[1]] = file
     lines = []
     for line in text.splitlines():

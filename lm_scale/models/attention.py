@@ -118,8 +118,8 @@ def attention(
     in_order = of_row and mask.is_in_order
     both_ways = mask.window is not None and not mask.causal
     how: Any = {"causal": mask.causal, "window": mask.window, "rules": rules}
-    one_kind = mask.key_segments is None and mask.window is None
-    if kernel == "vmem" and uncut and in_order and one_kind and vmem_takes(q, rules):
+    plain = mask.key_segments is None and mask.window is None
+    if kernel == "vmem" and uncut and in_order and plain and vmem_takes(q, rules):
         return vmem(
             q, k, v, causal=mask.causal, segments=mask.segments,
             dropout_rate=dropout_rate, key=key, rules=rules,

@@ -21,7 +21,7 @@ class Compute:
     # and a trained run is opened (eval, generate, export) without it.
     quantize: Literal["int8", "float8"] | None = None
     # What the backward pass computes again: nothing; all but the outputs of matrix
-    # products (and not of a kernel of attention); all but those of attention; or all
+    # products (and not of splash, cudnn or ring); all but those of attention; or all
     # inside a block.
     remat: Literal["none", "dots", "attention", "full"] = "dots"
     offload: bool = False  # what `remat` keeps waits in the host's memory (not on CPUs)

@@ -4,7 +4,8 @@
     devices                     kernel  because
     any, sequences cut          ring    keys and values go round (models/ring.py)
     TPU v4 and later            splash  Pallas; passes over blocks that a mask rules out
-    TPU v2, v3; with dropout    vmem    Pallas, our own; short rows: models/vmem.py
+    TPU v2, v3; others if       vmem    Pallas, our own, for rows up to 1024:
+      weights are dropped out             models/vmem.py
     NVIDIA, capability >= 8.0   cudnn   flash attention of the maker, in bf16
     others                      xla     a few blocks of queries: models/blockwise.py
 
@@ -51,12 +52,14 @@ def choose_attention(
     length: int,
     causal: bool,
     segments: bool,
+    ragged: bool = False,
 ) -> tuple[Kernel, str]:
     """The kernel that a run takes on these devices, and a sentence that says why.
 
     `model` is the config of any family; `length`: positions of a sequence; `segments`:
-    rows hold documents that must not see each other. Raises InputError if
-    `compute.attention` names a kernel that cannot do what this run needs.
+    rows hold documents that must not see each other; `ragged`: batches are as long as
+    their longest document. Raises InputError if `compute.attention` names a kernel that
+    cannot do what this run needs.
     """
     device = mesh.devices.flat[0]
     wanted = compute.attention
@@ -77,6 +80,13 @@ def choose_attention(
     if reason is None and kernel == "vmem":
         heads = model.heads // shards(compute.rules, mesh, "act_heads")
         reason = vmem_obstacle(heads, head_dim_of(model), length, compute.dtype)
+        if ragged:
+            reason = (
+                "vmem takes rows of whole blocks of 128 tokens, and those of documents "
+                "end anywhere (data.pad_to_seq_len = True fills them up)"
+            )
+        if reason and wanted == "auto" and model.attention_dropout:
+            reason += f"; and {_cannot_drop('splash', model)}"
     if reason is None:
         return kernel, f"{kernel} ({device.device_kind})"
     if wanted == "auto":
@@ -111,11 +121,15 @@ def _obstacle(
     if kernel == "vmem" and getattr(model, "window", None) is not None:
         return f"vmem has no sliding window (model.window = {model.window})"
     if model.attention_dropout and kernel != "vmem":
-        return (
-            f"{kernel} does not drop out attention weights "
-            f"(model.attention_dropout = {model.attention_dropout})"
-        )
+        return _cannot_drop(kernel, model)
     return None
+
+
+def _cannot_drop(kernel: str, model: Any) -> str:
+    return (
+        f"{kernel} does not drop out attention weights "
+        f"(model.attention_dropout = {model.attention_dropout})"
+    )
 
 
 def _obstacle_of_length(
@@ -291,8 +305,7 @@ def vmem(
         if words is not None:
             firsts = [_place(rules.batch) * B, _place(rules.act_heads) * H]
             noise = jnp.concatenate([words, jnp.array(firsts, jnp.uint32)])
-        k, v = (jnp.repeat(x, H // x.shape[2], axis=2) for x in (k, v))
-        q, k, v = (x.reshape(B, T, H * head_dim) for x in (q, k, v))
+        q, k, v = (x.reshape(B, T, -1) for x in (q, k, v))
         mixed: Any = attend_in_vmem(call, q, k, v, noise, segments)
         return mixed.reshape(B, T, H, head_dim)
 
@@ -317,7 +330,7 @@ def _on_each_device(
     if k.shape[2] != q.shape[2] and rules.act_kv_heads != rules.act_heads:
         # Fewer key-value heads than parts: each device takes those of its queries.
         k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
-    k, v = jax.reshard(k, mine), jax.reshard(v, mine)
+    q, k, v = (jax.reshard(x, mine) for x in (q, k, v))
     rows, whole = rules.spec("batch", "seq"), rules.spec(None)
     specs = [rows if x is None or x.ndim == 2 else whole for x in others]
     cut = [

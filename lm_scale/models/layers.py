@@ -208,26 +208,38 @@ def project(
 
     Where one product makes them all, XLA for TPUs writes it out and copies the parts.
     """
-    heads, products = weight.shape[2:], []
     if compute.quantize is not None:
         # Rounding asks for no layout: left alone, XLA for TPUs gathers the parts row by
         # row in turn, which takes a sixth of a step (Llama 3.1 8B on a v5p-128).
         order = (1, 0, *range(2, weight.ndim))
         weight = with_layout_constraint(weight, Layout(order))
-    if len(heads) == 2 and compute.attention == "vmem":
-        # That has heads side by side: left alone, XLA has tokens there, and copies.
-        weight = merged(weight, 2)
-        bias = None if bias is None else merged(bias, 1)
-    made = "F" if weight.ndim == 3 else "HN"
-    for part in range(weight.shape[1]):
-        y = product(f"BTD,D{made}->BT{made}", x, weight[:, part], compute)
-        if bias is not None:
-            y = y + spread(bias[part], y, *range(2, y.ndim))
-        if y.shape[2:] != heads:
-            cut = PartitionSpec(*jax.typeof(y).sharding.spec, None)
-            y = jnp.reshape(y, (*y.shape[:2], *heads), out_sharding=cut)
-        products.append(y)
-    return products
+    one = project_heads if weight.ndim == 4 else _project_one
+    parts = range(weight.shape[1])
+    biases = [None if bias is None else bias[part] for part in parts]
+    return [one(x, weight[:, part], compute, biases[part]) for part in parts]
+
+
+def project_heads(
+    x: Float[Array, "B T D"],
+    weight: Float[Array, "D H N"],
+    compute: Compute,
+    bias: Float[Array, "H N"] | None = None,
+) -> Float[Array, "B T H N"]:
+    """The product with a weight of heads."""
+    if compute.attention != "vmem":
+        return _project_one(x, weight, compute, bias)
+    # Its heads lie side by side. XLA by itself would have tokens innermost, as heads of
+    # 64 fill half of the lanes, and copy to and from that.
+    flat = None if bias is None else merged(bias, 0)
+    y = _project_one(x, merged(weight, 1), compute, flat)
+    cut = PartitionSpec(*jax.typeof(y).sharding.spec, None)
+    return jnp.reshape(y, (*y.shape[:2], *weight.shape[1:]), out_sharding=cut)
+
+
+def _project_one(x, weight, compute: Compute, bias):
+    made = "HN" if weight.ndim == 3 else "F"
+    y = product(f"BTD,D{made}->BT{made}", x, weight, compute)
+    return y if bias is None else y + spread(bias, y, *range(2, y.ndim))
 
 
 def project_back(

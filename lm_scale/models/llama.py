@@ -29,6 +29,7 @@ from lm_scale.models.layers import (
     hf_vector,
     project,
     project_back,
+    project_heads,
 )
 from lm_scale.models.layout import (
     from_residual,
@@ -263,7 +264,7 @@ class Block(nnx.Module):
         dtype, rules = x.dtype, self.compute.rules
         x = from_residual(x, rules, "act_heads", "act_kv_heads")
         with jax.named_scope("attention"):
-            q = product("BTD,DHN->BTHN", x, self.q[...], self.compute)
+            q = project_heads(x, self.q[...], self.compute)
             k, v = project(x, self.kv[...], self.compute)
             if self.config.qkv_bias:
                 q = q + spread(self.q_bias[...], q)

@@ -101,7 +101,7 @@ def _named(names: tuple[str, ...], offload: bool) -> Callable[..., Any]:
 
 
 def _dots(offload: bool) -> Callable[..., Any]:
-    """Products, those of attention in plain XLA too; of partial sums, their sums."""
+    """Products, also those of `xla`'s and `vmem`'s attention; of partial sums, sums."""
     policies = jax.checkpoint_policies
     named = _named(("residual", "products"), offload)
     products = policies.dots_with_no_batch_dims_saveable

@@ -1,78 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention on a TPU in Pallas kernels of our own: rows up to 1024, with dropout.
 
-Scores never leave VMEM. Mosaic cannot multiply bf16 for TPU v2 and v3, but matrix units
-round f32 factors to bf16 by themselves. So blocks of 128 tokens come in as bf16, are
-widened by shifts, and are multiplied as f32. A kernel for each way holds whole rows of
-queries, keys and values, of as many heads as fill 128 lanes (two of 64). A factor that
-is zero in the lanes of the others makes the product of one head: with 64 of its 128
-lanes the matrix unit would be no faster.
-
-Scores are made as [S T], keys by queries, so that what belongs to a query (its largest
-score, its sum, its mean gradient) lies along lanes and spreads over rows for nothing.
-The backward pass makes weights anew from one number a query, the logarithm of its sum
-(FlashAttention-2, Dao 2023, section 3.1). Dropout's mask is made where it is used.
-
-Shapes: q, k, v [B T D] with D = H N, heads side by side, of which a kernel has R rows
-and 128 lanes, [R T 128], G = 128 / N heads; `log_sum` f32 [B D/128 G T].
+Scores never leave VMEM; vmem_kernels.py says how. Shapes: q [B T D] with D = H N, heads
+side by side, k and v [B T K·N], `log_sum` f32 [B D/128 G T] for groups of G = 128 / N
+heads.
 """
 
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Float, Int, UInt32
 
-from lm_scale.models.dropout import hashed, is_kept
 from lm_scale.models.layout import kept
+from lm_scale.models.vmem_kernels import (
+    LANES,
+    Call,
+    as_loaded,
+    backward_kernel,
+    backward_scratch,
+    forward_kernel,
+    forward_scratch,
+)
 
-LANES = 128  # of a register; a block has as many tokens
 LONGEST = {"bfloat16": 1024, "float32": 512}  # tokens of a row, for 16 MiB of VMEM
 TOKENS = 512  # at least, of the rows that a kernel holds, if a device has them
-# Scores whose code is one, of 128 queries each: products of some fill the waits of
-# others, until there are more values at one time than VMEM has room for.
-FORWARD, BACKWARD = 4096, 2048
-HIDDEN = -1e30  # the score of a key that is not seen
-LOW, HIGH = np.uint32(0xFFFF), np.uint32(0xFFFF0000)
-BY_LANES, PLAIN = (((1,), (1,)), ((), ())), (((1,), (0,)), ((), ()))  # a @ b.T; a @ b
-
-
-@dataclass(frozen=True)
-class Call:
-    """What is known of a call when the program is made."""
-
-    heads: int  # of the model, not of a device
-    head_dim: int
-    causal: bool
-    dropout: float = 0.0
-    interpret: bool = False  # on any device, slowly
-
-    @property
-    def scale(self) -> float:
-        """What scores are multiplied by."""
-        return self.head_dim**-0.5
-
-    @property
-    def more(self) -> float:
-        """What the weights that dropout leaves are multiplied by."""
-        return 1.0 / (1.0 - self.dropout)
-
-    def lanes(self) -> list[slice]:
-        """Those of each head that lies in a register."""
-        edges = range(0, LANES, self.head_dim)
-        return [slice(edge, edge + self.head_dim) for edge in edges]
-
-    def sees(self, block: int, blocks: int) -> range:
-        """The blocks of keys that a block of queries sees something of."""
-        return range(block + 1 if self.causal else blocks)
+FORWARD, BACKWARD = "attention_forward", "attention_backward"  # as programs name them
 
 
 def vmem_obstacle(heads: int, head_dim: int, length: int, dtype: str) -> str | None:
@@ -93,30 +52,30 @@ def vmem_obstacle(heads: int, head_dim: int, length: int, dtype: str) -> str | N
 def attend_in_vmem(
     call: Call,
     q: Float[Array, "B T D"],
-    k: Float[Array, "B T D"],
-    v: Float[Array, "B T D"],
+    k: Float[Array, "B T E"],
+    v: Float[Array, "B T E"],
     noise: UInt32[Array, "4"] | None,
     segments: Int[Array, "B T"] | None,
 ) -> Float[Array, "B T D"]:
     """The weighted means, on one device, of rows without a `vmem_obstacle`.
 
-    noise: of dropout, the key's two words and the numbers of this device's first row
-    and head. The mask is that of `dropout.dropout` on weights [B H T S] of all devices.
-    segments: a query sees keys of its own.
+    E: K·N, of as many heads as there are queries', or fewer. noise: of dropout, a key's
+    two words and the numbers of this device's first row and head; the mask is that of
+    `dropout.dropout` on weights [B H T S] of all devices. segments: a query sees keys
+    of its own.
     """
     return _forward(call, q, k, v, noise, segments)[0]
 
 
 def _forward(call: Call, q, k, v, noise, segments):
     q, k, v = kept(q), kept(k), kept(v)
-    (B, T, D), heads = q.shape, len(call.lanes())
+    B, T, D = q.shape
+    heads = len(call.lanes())
     log_sum = jax.ShapeDtypeStruct((B, D // LANES, heads, T), jnp.float32)
     mean, log_sum = _run(
-        _forward_kernel, call, noise, segments, [q, k, v], [q, log_sum],
-        scratch=lambda rows: [
-            (rows, T, LANES), (rows, T, LANES), (rows, LANES, T),
-            (_slots(FORWARD, heads, T), heads, T, LANES),
-        ],
+        functools.partial(forward_kernel, call, segments is not None), FORWARD, call,
+        noise, segments, [q, *_of_queries(call, q, k, v)], [q, log_sum],
+        forward_scratch,
     )  # fmt: skip
     mean, log_sum = (kept(checkpoint_name(x, "attention")) for x in (mean, log_sum))
     return mean, (q, k, v, noise, segments, log_sum)
@@ -124,31 +83,46 @@ def _forward(call: Call, q, k, v, noise, segments):
 
 def _backward(call: Call, saved, d_mean):
     q, k, v, noise, segments, log_sum = saved
-    T, heads = q.shape[1], len(call.lanes())
-    gradients = _run(
-        _backward_kernel, call, noise, segments, [q, k, v, d_mean, log_sum], [q, k, v],
-        scratch=lambda rows: [
-            (rows, T, LANES), (rows, T, LANES), (rows, LANES, T),
-            (rows, T, LANES), (rows, T, LANES),
-            *[(_slots(BACKWARD, heads, T), heads, T, LANES)] * 2,
-        ],
+    dq, *of_queries = _run(
+        functools.partial(backward_kernel, call, segments is not None), BACKWARD, call,
+        noise, segments, [q, *_of_queries(call, q, k, v), d_mean, log_sum], [q, q, q],
+        backward_scratch,
     )  # fmt: skip
-    return *gradients, None, None
+    dk, dv = (_of_keys(call, x, k) for x in of_queries)
+    return dq, dk, dv, None, None
 
 
 attend_in_vmem.defvjp(_forward, _backward)
 
 
+def _of_queries(call: Call, q, *of_keys) -> list[Array]:
+    """Keys or values [B T K·N] with a copy for each query head, [B T H·N]."""
+    share = q.shape[2] // of_keys[0].shape[2]
+    heads = (x.reshape(*x.shape[:2], -1, 1, call.head_dim) for x in of_keys)
+    return [jnp.repeat(x, share, axis=3).reshape(q.shape) for x in heads]
+
+
+def _of_keys(call: Call, gradient, k) -> Array:
+    """The gradient of copies [B T H·N], summed in f32 to that of [B T K·N]."""
+    if gradient.shape == k.shape:
+        return gradient
+    share = gradient.shape[2] // k.shape[2]
+    copies = gradient.reshape(*k.shape[:2], -1, share, call.head_dim)
+    total = jnp.sum(copies, axis=3, dtype=jnp.float32)
+    return total.reshape(k.shape).astype(k.dtype)
+
+
 def _run(
     kernel: Callable[..., None],
+    name: str,
     call: Call,
-    noise: Array | None,
-    segments: Array | None,
+    noise: UInt32[Array, "4"] | None,
+    segments: Int[Array, "B T"] | None,
     given: list[Array],
     made: list[Any],
-    scratch: Callable[[int], list[tuple[int, ...]]],
+    scratch: Callable[[Call, int, int], list[tuple[int, ...]]],
 ) -> tuple[Array, ...]:
-    """A kernel over all rows and all groups of heads."""
+    """A kernel over all rows and all groups of heads; `made`: the results' shapes."""
     B, T, D = given[0].shape
     rows, heads = rows_of_kernel(B, T), len(call.lanes())
 
@@ -157,15 +131,14 @@ def _run(
             return pl.BlockSpec((rows, T, LANES), lambda b, group: (b, 0, group))
         return pl.BlockSpec((rows, 1, heads, T), lambda b, group: (b, group, 0, 0))
 
-    first, specs, shapes = [], [], scratch(rows)
+    first, specs, shapes = [], [], scratch(call, rows, T)
     if call.dropout:
         first.append(noise)
         specs.append(pl.BlockSpec(memory_space=pltpu.SMEM))
     if segments is not None:
-        first.append(_as_loaded(segments)[:, None])
+        first.append(as_loaded(segments)[:, None])
         specs.append(pl.BlockSpec((rows, 1, T), lambda b, group: (b, 0, 0)))
         shapes.append((rows, T, LANES))
-    kernel = functools.partial(kernel, call, segments is not None)
     results = pl.pallas_call(
         kernel, grid=(B // rows, D // LANES),
         in_specs=[*specs, *map(spec, given)], out_specs=[*map(spec, made)],
@@ -174,7 +147,7 @@ def _run(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel")
         ),
-        interpret=call.interpret, name=kernel.func.__name__.strip("_"),
+        interpret=call.interpret, name=name,
     )(*first, *given)  # fmt: skip
     return tuple(results)
 
@@ -182,267 +155,3 @@ def _run(
 def rows_of_kernel(batch: int, length: int) -> int:
     """Of so many rows of a device, those that a kernel holds at one time."""
     return math.gcd(batch, max(1, TOKENS // length))
-
-
-def _forward_kernel(call: Call, segmented: bool, *refs):
-    noise, segments, refs = _first_refs(call, segmented, refs)
-    q_ref, k_ref, v_ref, mean_ref, sum_ref, queries, keys, values_t, scores = refs
-    rows, T = q_ref.shape[:2]
-    blocks = T // LANES
-    for row in range(rows):
-        for block in map(_tokens, range(blocks)):
-            queries[row, block] = _load(q_ref, row, block) * call.scale
-            keys[row, block] = _load(k_ref, row, block)
-            values_t[row, :, block] = _load(v_ref, row, block).T
-
-    def score(row, block, slot):
-        """Scores, and the largest of each query."""
-        largest = []
-        for head, own in enumerate(_of_heads(call, queries[row, _tokens(block)])):
-            most = jnp.full((LANES, LANES), HIDDEN)
-            for other in call.sees(block, blocks):
-                score = _product(keys[row, _tokens(other)], own, BY_LANES)
-                seen = _seen(call, segments, (row, block, other))
-                score = score if seen is None else jnp.where(seen, score, HIDDEN)
-                scores[slot, head, _tokens(other)] = score
-                most = jnp.maximum(most, score)
-            largest.append(jnp.max(most, axis=0, keepdims=True))
-        return largest
-
-    def mix(row, block, slot, largest):
-        """Weights, and the means of values."""
-        means = []
-        for head, lanes in enumerate(call.lanes()):
-            total = mean = 0.0
-            for other in call.sees(block, blocks):
-                weight = jnp.exp(scores[slot, head, _tokens(other)] - largest[head])
-                total = total + weight
-                if call.dropout:
-                    left = _left(call, noise, T, (row, head, block, other))
-                    weight = jnp.where(left, weight, 0.0)
-                mean = mean + _product(values_t[row, lanes, _tokens(other)], weight)
-            total = jnp.sum(total, axis=0, keepdims=True)
-            log_sum = largest[head] + jnp.log(total)
-            sum_ref[row, 0, head : head + 1, _tokens(block)] = log_sum
-            means.append(mean * (call.more / total))
-        _store(mean_ref, row, _tokens(block), jnp.concatenate(means, axis=0).T)
-
-    _overlap(rows, blocks, score, mix, _together(FORWARD, len(call.lanes()), T))
-
-
-def _backward_kernel(call: Call, segmented: bool, *refs):
-    noise, segments, refs = _first_refs(call, segmented, refs)
-    q_ref, k_ref, v_ref, d_mean_ref, sum_ref, *refs = refs
-    dq_ref, dk_ref, dv_ref, keys, values, keys_t, dks, dvs, weights, d_weights = refs
-    rows, T = q_ref.shape[:2]
-    blocks = T // LANES
-    for row in range(rows):
-        for block in map(_tokens, range(blocks)):
-            keys[row, block] = key = _load(k_ref, row, block)
-            keys_t[row, :, block] = key.T
-            values[row, block] = _load(v_ref, row, block) * call.more
-
-    def score(row, block, slot):
-        """Weights (of those dropped the negative), their gradients and these' mean."""
-        query = _load(q_ref, row, _tokens(block)) * call.scale
-        d_mean = _load(d_mean_ref, row, _tokens(block))
-        factors = list(zip(*(_of_heads(call, x) for x in (query, d_mean)), strict=True))
-        inner = []
-        for head, (own, d_own) in enumerate(factors):
-            log_sum, along = sum_ref[row, 0, head : head + 1, _tokens(block)], 0.0
-            for other in call.sees(block, blocks):
-                score = _product(keys[row, _tokens(other)], own, BY_LANES)
-                weight = jnp.exp(score - log_sum)
-                seen = _seen(call, segments, (row, block, other))
-                weight = weight if seen is None else jnp.where(seen, weight, 0.0)
-                d_weight = _product(values[row, _tokens(other)], d_own, BY_LANES)
-                signed = weight
-                if call.dropout:
-                    left = _left(call, noise, T, (row, head, block, other))
-                    d_weight = jnp.where(left, d_weight, 0.0)
-                    signed = jnp.where(left, weight, -weight)
-                weights[slot, head, _tokens(other)] = signed
-                d_weights[slot, head, _tokens(other)] = d_weight
-                along = along + weight * d_weight
-            inner.append(jnp.sum(along, axis=0, keepdims=True))
-        return factors, inner
-
-    def mix(row, block, slot, scored):
-        """Gradients: what keys and values get of this block, and its queries' own."""
-        factors, inner = scored
-        dqs: list[Any] = [0.0] * len(factors)
-        for other in call.sees(block, blocks):
-            dk: Any = 0.0
-            dv: Any = 0.0
-            for head, (own, d_own) in enumerate(factors):
-                at = slot, head, _tokens(other)
-                weight = used = weights[at]
-                if call.dropout:
-                    weight, used = jnp.abs(used), jnp.maximum(used, 0.0)
-                d_score = weight * (d_weights[at] - inner[head])
-                dk = dk + _product(d_score, own)
-                dv = dv + _product(used, d_own)
-                key = keys_t[row, call.lanes()[head], _tokens(other)]
-                dqs[head] = dqs[head] + _product(key, d_score)
-            at = row, _tokens(other)
-            if block > (other if call.causal else 0):
-                dk, dv = dks[at] + dk, dvs[at] + dv
-            dks[at], dvs[at] = dk, dv
-        dq = jnp.concatenate(dqs, axis=0) * call.scale
-        _store(dq_ref, row, _tokens(block), dq.T)
-
-    _overlap(rows, blocks, score, mix, _together(BACKWARD, len(call.lanes()), T))
-    for row in range(rows):
-        for block in map(_tokens, range(blocks)):
-            _store(dk_ref, row, block, dks[row, block])
-            _store(dv_ref, row, block, dvs[row, block] * call.more)
-
-
-def _together(limit: int, heads: int, length: int) -> int:
-    """The blocks of queries whose code is one."""
-    return max(1, limit // (heads * length))
-
-
-def _slots(limit: int, heads: int, length: int) -> int:
-    """The blocks whose scores exist at one time."""
-    return min(2, _together(limit, heads, length))
-
-
-def _overlap(rows: int, blocks: int, score, mix, together: int) -> None:
-    """Each block of queries is mixed after the next, of so many together, is scored."""
-    places = [(row, block) for block in range(blocks) for row in range(rows)]
-    parts = [places[at : at + together] for at in range(0, len(places), together)]
-
-    def work(part):
-        scored = score(*part[0], 0)
-        for number, place in enumerate(part, 1):
-            after = None
-            if number < len(part):
-                after = score(*part[number], number % 2)
-            mix(*place, 1 - number % 2, scored)
-            scored = after
-
-    def turn(number, nothing):
-        # A branch for each, so that the values of one are gone before the next begins.
-        for at, part in enumerate(parts):
-            pl.when(number == at)(functools.partial(work, part))
-        return nothing
-
-    if len(parts) == 1:
-        work(places)
-    else:
-        jax.lax.fori_loop(0, len(parts), turn, None)
-
-
-def _first_refs(call: Call, segmented: bool, refs):
-    """Dropout's noise here, each query's and each key's segment, and the others."""
-    refs, noise, segments = [*refs], None, None
-    if call.dropout:
-        first, second, row, head = (refs[0][at] for at in range(4))
-        rows = pl.program_id(0) * refs[1].shape[0]
-        heads = pl.program_id(1) * len(call.lanes())
-        row, head = row + rows.astype(jnp.uint32), head + heads.astype(jnp.uint32)
-        noise = first, second, row, head
-        del refs[0]
-    if segmented:
-        of_queries, of_keys = refs.pop(0), refs.pop()
-        rows, _, T = of_queries.shape
-        for row in range(rows):
-            for block in map(_tokens, range(T // LANES)):
-                ids = of_queries[row, :, block].astype(jnp.float32)
-                of_keys[row, block] = jnp.broadcast_to(ids, (LANES, LANES)).T
-        segments = of_queries, of_keys
-    return noise, segments, refs
-
-
-def _tokens(block: int) -> slice:
-    return slice(block * LANES, (block + 1) * LANES)
-
-
-def _load(ref, row: int, tokens: slice) -> Float[Array, "128 128"]:
-    """A block's tokens in f32: the first, the third, ..., and then those between.
-
-    For two of bf16 share a word, which a shift and a mask take apart without a move.
-    """
-    if ref.dtype == jnp.float32:
-        halves = [ref[pl.ds(row, 1), half][0] for half in _halves(tokens)]
-        return jnp.concatenate(halves, axis=0)
-    words = pltpu.bitcast(ref[row, tokens], jnp.uint32)
-    halves = jnp.concatenate([words << 16, words & HIGH], axis=0)
-    return jax.lax.bitcast_convert_type(halves, jnp.float32)
-
-
-def _store(ref, row: int, tokens: slice, x: Float[Array, "128 128"]) -> None:
-    """The way back from `_load`; rounds to the nearest bf16, to the even one of two."""
-    low, high = x[: LANES // 2], x[LANES // 2 :]
-    if ref.dtype == jnp.float32:
-        for half, of_half in zip(_halves(tokens), (low, high), strict=True):
-            ref[pl.ds(row, 1), half] = of_half[None]
-        return
-    low, high = _rounded(low), _rounded(high)
-    ref[row, tokens] = pltpu.bitcast((low >> 16) | (high & HIGH), jnp.bfloat16)
-
-
-def _halves(tokens: slice):
-    return [pl.ds(tokens.start + at, LANES // 2, stride=2) for at in range(2)]
-
-
-def _rounded(x: Float[Array, "*D"]) -> UInt32[Array, "*D"]:
-    """Words whose high half is the nearest bf16."""
-    words = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    return words + np.uint32(0x7FFF) + ((words >> 16) & np.uint32(1))
-
-
-def _places(dim: int) -> Int[Array, "128 128"]:
-    """Along `dim`, the places in a block of the tokens that `_load` gives."""
-    number = jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), dim)
-    return jnp.where(number < LANES // 2, 2 * number, 2 * number - LANES + 1)
-
-
-def _as_loaded(x: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Numbers of tokens in the order of `_load`."""
-    pairs = x.reshape(x.shape[0], -1, LANES // 2, 2)
-    return pairs.swapaxes(2, 3).reshape(x.shape)
-
-
-def _of_heads(call: Call, x: Float[Array, "T 128"]) -> list[Float[Array, "T 128"]]:
-    """A copy for each head, zero in the lanes of the others."""
-    if call.head_dim == LANES:
-        return [x]
-    lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    return [
-        jnp.where((lane >= own.start) & (lane < own.stop), x, 0.0)
-        for own in call.lanes()
-    ]
-
-
-def _product(a, b, dims=PLAIN):
-    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
-
-
-def _seen(call: Call, segments, at) -> Bool[Array, "S T"] | None:
-    """What a block of queries sees of a block of keys; None: all."""
-    row, block, other = at
-    seen = []
-    if call.causal and block == other:
-        seen.append(_places(0) <= _places(1))
-    if segments is not None:
-        of_queries, of_keys = segments
-        own = of_queries[row, :, _tokens(block)].astype(jnp.float32)
-        seen.append(of_keys[row, _tokens(other)] == own)
-    return functools.reduce(jnp.logical_and, seen) if seen else None
-
-
-def _left(call: Call, noise, length: int, at) -> Bool[Array, "S T"]:
-    """Of a block's weights, those that dropout leaves."""
-    row, head, block, other = at
-    *key, first_row, first_head = noise
-    T = np.uint32(length)
-    query = (first_row + np.uint32(row)) * np.uint32(call.heads)
-    query = (query + first_head + np.uint32(head)) * T + np.uint32(block * LANES)
-    numbers = (_places(1) * length + _places(0)).astype(jnp.uint32)[: LANES // 2]
-    numbers = numbers + (query * T + np.uint32(other * LANES))
-    # Of even weights; those after them have the other halves of these words.
-    words = hashed(numbers >> 1, *key)
-    draws = jnp.concatenate([words & LOW, words >> 16], axis=0)
-    return is_kept(draws, call.dropout)

@@ -161,6 +161,9 @@ def compile_step(
         program = read(text, dict(mesh.shape))
         if config.choose_attention(mesh)[0] == "vmem":
             cycles = kernel_cycles(config, mesh, program.kernels)
+            if cycles is None:
+                tell("The compiler shows no schedule of the attention kernels.")
+                path = None  # perhaps next time
         memory = memory_of(compiled.memory_analysis(), arguments)
     result = CompiledStep(
         arguments, program, memory, failure, cycles, time.monotonic() - begun, made_by

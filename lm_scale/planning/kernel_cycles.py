@@ -22,10 +22,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from lm_scale.compile_cache import uncached
 from lm_scale.config import RunConfig
 from lm_scale.models import family_of
 from lm_scale.models.kernels import head_dim_of
-from lm_scale.models.vmem import LANES, Call, attend_in_vmem, rows_of_kernel
+from lm_scale.models.vmem import (
+    BACKWARD,
+    FORWARD,
+    attend_in_vmem,
+    rows_of_kernel,
+)
+from lm_scale.models.vmem_kernels import LANES, Call
 from lm_scale.planning.accelerators import GENERATIONS, Slice
 from lm_scale.planning.libtpu import topology_devices
 from lm_scale.sharding import shards
@@ -85,20 +92,25 @@ def kernel_cycles(config: RunConfig, mesh: Mesh, calls: int) -> int | None:
 
 
 def scheduled(attention: Attention) -> Cycles | None:
-    """By the compiler's schedule; None where it does not show it."""
+    """By the compiler's schedule; None where it does not show it.
+
+    Takes some seconds.
+    """
     with tempfile.TemporaryDirectory() as folder:
+        given = os.environ.get("LIBTPU_INIT_ARGS", "")
         environment = os.environ | {
-            "LIBTPU_INIT_ARGS": dump_arguments(folder), "JAX_PLATFORMS": "cpu",
-        }  # fmt: skip
+            "LIBTPU_INIT_ARGS": f"{given} {dump_arguments(folder)}",
+            "JAX_PLATFORMS": "cpu",
+        }
         task = json.dumps(dataclasses.asdict(attention))
         try:
             subprocess.run(
                 [sys.executable, "-m", __name__, task],
                 env=environment, check=True, capture_output=True, timeout=SECONDS,
             )  # fmt: skip
-        except subprocess.SubprocessError:
+        except (OSError, subprocess.SubprocessError):
             return None
-        found = [_of_schedule(Path(folder), name) for name in ("forward", "backward")]
+        found = [_of_schedule(Path(folder), name) for name in (FORWARD, BACKWARD)]
     rows = rows_of_kernel(attention.batch, attention.length)
     groups = attention.heads * attention.head_dim // LANES
     parts = attention.batch // rows * groups
@@ -118,15 +130,16 @@ def dump_arguments(folder: str) -> str:
 
 def _of_schedule(folder: Path, name: str) -> int | None:
     """Cycles of one part of the grid: a bundle each, and what they wait."""
-    files = [*folder.glob(f"*{name}_kernel*-final_bundles.txt")]
+    files = [*folder.glob(f"*{name}*-final_bundles.txt")]
     if len(files) != 1:
         return None
     text = files[0].read_text("utf-8")
-    return len(BUNDLE.findall(text)) + sum(map(int, DELAY.findall(text)))
+    cycles = len(BUNDLE.findall(text)) + sum(map(int, DELAY.findall(text)))
+    return cycles or None  # none: of a form that is not known
 
 
 def compile_kernels(attention: Attention) -> None:
-    """Both kernels, for a grid of two by two, whose parts are alike."""
+    """Both kernels, for a grid of three by two, whose parts are alike."""
     generation = next(one for one in GENERATIONS if one.kind == attention.kind)
     device = topology_devices(Slice("", generation, 4))[0]
     here = SingleDeviceSharding(device)
@@ -135,7 +148,8 @@ def compile_kernels(attention: Attention) -> None:
     def shape(dims, dtype):
         return jax.ShapeDtypeStruct(dims, dtype, sharding=here)
 
-    x = shape((2 * rows, attention.length, 2 * LANES), attention.dtype)
+    # (Three, and not two: of twice the rows a kernel might hold twice as many.)
+    x = shape((3 * rows, attention.length, 2 * LANES), attention.dtype)
     noise = shape((4,), jnp.uint32) if attention.dropout else None
     segments = shape(x.shape[:2], jnp.int32) if attention.segments else None
     call = Call(
@@ -148,7 +162,8 @@ def compile_kernels(attention: Attention) -> None:
         )
         return mean, *pull(d_mean)
 
-    jax.jit(both).lower(x, x, x, x, noise, segments).compile()
+    with uncached():  # what is loaded has no schedule
+        jax.jit(both).lower(x, x, x, x, noise, segments).compile()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from collections import Counter
 import jax
 import numpy as np
 import pytest
+from datasets.iterable_dataset import ArrowExamplesIterable
 
 from lm_scale.data import corpus, stream, units
 from lm_scale.data import shards as shards_module
@@ -348,6 +349,24 @@ def test_shards_hold_what_documents_gives(folder, name):
     for shard, whole in enumerate(found):
         for row in (1, whole[-1][0], whole[-1][0] + 1):
             assert texts_of(shards, shard, row) == [x for x in whole if x[0] >= row]
+
+
+def test_who_reads_a_shard_at_the_same_time_does_not_matter(folder, monkeypatch):
+    """Another reader begins, and comes to its end, just when this one begins."""
+    shards = Shards(CorpusConfig(str(folder / "files")))
+    whole = texts_of(shards, 0)
+    others, real = [], ArrowExamplesIterable._init_state_dict
+
+    def begin(self):
+        state = real(self)
+        if not others:
+            others.append("reads")
+            assert texts_of(shards, 0) == whole
+            others.clear()
+        return state
+
+    monkeypatch.setattr(ArrowExamplesIterable, "_init_state_dict", begin)
+    assert texts_of(shards, 0) == whole
 
 
 def test_the_first_documents_only_are_one_shard(folder):

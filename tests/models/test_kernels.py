@@ -117,14 +117,17 @@ T4 = Device("gpu", "Tesla T4", "7.5")
 MI300 = Device("gpu", "AMD Instinct MI300X", "gfx942")
 
 
-def choice(device, compute=None, model=LLAMA, *, segments=False, context=1, length=48):
+def choice(
+    device, compute=None, model=LLAMA, *, segments=False, context=1, length=48,
+    ragged=False,
+):  # fmt: skip
     """As on a mesh of such devices, of which there need be none."""
     shape = (1, 1, 1, context, 1)
     mesh = Mesh(np.full(shape, device, object), MESH_AXES)
     causal = not isinstance(model, RobertaConfig)
     return choose_attention(
         compute or Compute(), model, mesh, length=length, causal=causal,
-        segments=segments,
+        segments=segments, ragged=ragged,
     )  # fmt: skip
 
 
@@ -153,6 +156,7 @@ def test_the_devices_decide(device, kernel, sentence):
     ("device", "changes", "said"),
     [
         (tpu("v4"), {"model": GPT2Config(), "length": 200}, "and these have 200"),
+        (tpu("v3"), {"length": 256, "ragged": True}, "data.pad_to_seq_len = True"),
         (
             tpu("v3"),
             {"length": 2048},
@@ -231,6 +235,13 @@ def test_forcing_a_kernel_onto_the_wrong_devices_is_an_error(device, name, said)
     model = RobertaConfig() if "drop out" in said else LLAMA
     with pytest.raises(InputError, match=f"compute.attention = '{name}'.*{said}"):
         choice(device, Compute(attention=name), model)
+
+
+def test_a_newer_tpu_says_that_dropout_keeps_it_from_splash():
+    kernel, sentence = choice(tpu("v6 lite"), model=RobertaConfig(), length=2048)
+    assert kernel == "xla"
+    assert "1024 tokens in bfloat16, and these have 2048; and splash" in sentence
+    assert "(model.attention_dropout = 0.1)" in sentence
 
 
 @pytest.mark.parametrize("device", [CPU, tpu("v3"), tpu("v4"), H200])

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from lm_scale.models import attention as attention_module
-from lm_scale.models import build_model, kernels
+from lm_scale.models import build_model, kernels, vmem_kernels
 from lm_scale.models.attention import Mask, attention
 from lm_scale.models.compute import Compute
 from lm_scale.models.gpt2 import GPT2Config
@@ -21,6 +21,7 @@ from lm_scale.models.roberta import RobertaConfig
 from lm_scale.sharding import PRESETS, MeshShape, Rules, init_params, make_mesh
 
 WHOLE = Rules(kv_heads=(), act_kv_heads=())  # key-value heads are not cut
+NO_HEADS = Rules(act_heads=(), act_kv_heads=())  # ... of activations, all that are
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ CASES = {
     "causal in documents, heads of 128": Case(256, True, head_dim=128, documents=True),
     "fewer keys": Case(128, True, kv_heads=2, rules=WHOLE),
     "parts of the code": Case(512, True, rows=2),
+    "heads in one piece": Case(128, True, rules=NO_HEADS),
 }
 
 
@@ -134,6 +136,19 @@ def test_in_bf16_it_is_as_near_as_the_plain_path(name, monkeypatch):
         assert error < 0.02
 
 
+def test_bf16_is_rounded_as_jax_does():
+    """To the nearest, of two to the even; infinities, and every kind of NaN."""
+    words = np.random.default_rng(0).integers(0, 2**32, 2**16, dtype=np.uint32)
+    ties = (words & 0xFFFF0000) | 0x8000
+    odd = [0x7F800000, 0xFF800000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x7F7FFFFF, 0]
+    x = jnp.asarray(np.concatenate([words, ties, np.array(odd, np.uint32)]))
+    x = jax.lax.bitcast_convert_type(x, jnp.float32)
+    high = (vmem_kernels._rounded(x) >> 16).astype(jnp.uint16)
+    found = jax.lax.bitcast_convert_type(high, jnp.bfloat16)
+    expected = x.astype(jnp.bfloat16)
+    np.testing.assert_array_equal(*(y.astype("float32") for y in (found, expected)))
+
+
 SHAPE = {"vocab": 40, "positions": 128, "layers": 2, "embed": 48, "mlp": 24}
 MODELS = {
     "gpt2": GPT2Config(**SHAPE | {"embed": 256}, heads=4, attention_dropout=0.2),
@@ -142,15 +157,21 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_model_is_the_same_with_heads_side_by_side(name, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "rules"),
+    [
+        *[(name, {"kv_heads": (), "act_kv_heads": ()}) for name in MODELS],
+        ("gpt2", {"act_heads": (), "act_kv_heads": ()}),  # gathered before attention
+    ],
+)
+def test_a_model_is_the_same_with_heads_side_by_side(name, rules, monkeypatch):
     """With the products before and after it, and dropout: hidden states and gradients.
 
     Rows, weights and heads cut; under remat `dots`. f32: 1e-4 of the largest.
     """
     interpreted = partial(kernels.vmem, interpret=True)
     monkeypatch.setattr(attention_module, "vmem", interpreted)
-    rules = dataclasses.replace(PRESETS["fsdp_tp"], kv_heads=(), act_kv_heads=())
+    rules = dataclasses.replace(PRESETS["fsdp_tp"], **rules)
     mesh = make_mesh(MeshShape(data=2, fsdp=2, tensor=2))
     tokens = np.random.default_rng(0).integers(3, 40, (4, 128)).astype(np.int32)
     found = []

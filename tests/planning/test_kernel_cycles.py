@@ -37,7 +37,7 @@ def test_the_schedule_is_longer_than_the_products_at_the_peak_and_not_much():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["TPU v2", "TPU v3"])
+@pytest.mark.parametrize("kind", ["TPU v2", "TPU v3", "TPU v5 lite", "TPU v6 lite"])
 @pytest.mark.parametrize(
     "most",
     [
@@ -53,9 +53,37 @@ def test_the_longest_rows_fit_into_vmem(kind, most):
     assert scheduled(dataclasses.replace(GPT2, **given)) is not None
 
 
-def test_no_schedule_is_no_answer(monkeypatch):
+@pytest.mark.parametrize(("length", "dropout"), [(128, 0.1), (256, 0.0)])
+def test_rows_one_by_one_take_no_less_than_together(length, dropout):
+    """And no more than what the waits of one row for itself are: as seen, 1.3 times."""
+    short = dataclasses.replace(GPT2, length=length, causal=False, dropout=dropout)
+    together, alone = scheduled(short), scheduled(dataclasses.replace(short, batch=1))
+    assert together is not None and alone is not None
+    for one, all_four in (
+        (alone.forward, together.forward), (alone.backward, together.backward),
+    ):  # fmt: skip
+        assert 0.9 * all_four < 4 * one < 1.8 * all_four
+
+
+def test_no_schedule_is_no_answer():
     """A kind that is not known fails in the process that compiles."""
     assert scheduled(dataclasses.replace(GPT2, kind="TPU v0")) is None
+
+
+def test_no_answer_is_said_and_not_kept(tmp_path, monkeypatch):
+    model = GPT2Config(vocab=512, positions=128, layers=1, embed=128, heads=2, mlp=256)
+    config = causal_run(
+        tmp_path, model=model, seq_len=128, batch=16, mesh=MeshShape(data=8)
+    )
+    mesh = slice_mesh(config, find_slice("v3-8"))
+    monkeypatch.setattr(kernel_cycles, "scheduled", lambda asked: None)
+    said = []
+    found = compile_step.compile_step(
+        config, mesh, steps=1, cache=tmp_path / "plans", tell=said.append
+    )
+    assert found.program is not None and found.kernel_cycles is None
+    assert "no schedule of the attention kernels" in said[-1]
+    assert not (tmp_path / "plans").exists()
 
 
 def test_a_plan_takes_the_schedule_for_the_kernels_time(tmp_path, monkeypatch):
