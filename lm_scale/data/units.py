@@ -5,7 +5,6 @@ The units and their order depend on the source alone, never on who reads them: r
 files of a stream, ranges of rows of an Arrow dataset, or all of it.
 """
 
-import copy
 import hashlib
 import json
 from collections.abc import Iterator
@@ -159,8 +158,8 @@ def _runs(rows: Any, source: str, column: str) -> Iterator[Any]:
         return
     if not is_arrow(rows):
         # `datasets` keeps in a stream how far it has been read: where two threads read
-        # one, the one would begin where the other is.
-        rows = copy.deepcopy(rows)
+        # one, the one would begin where the other is. All its shards are a new one.
+        rows = rows.shard(1, 0)
     # Its column alone: files may be unlike one another in the others.
     tables = rows.select_columns(column).with_format("arrow").iter(_BATCH)
     try:
