@@ -37,7 +37,15 @@ def test_the_schedule_is_longer_than_the_products_at_the_peak_and_not_much():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["TPU v2", "TPU v3", "TPU v5 lite", "TPU v6 lite"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("TPU v2", marks=pytest.mark.exhaustive),
+        "TPU v3",
+        pytest.param("TPU v5 lite", marks=pytest.mark.exhaustive),
+        "TPU v6 lite",
+    ],
+)
 @pytest.mark.parametrize(
     "most",
     [
