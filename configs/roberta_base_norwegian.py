@@ -42,7 +42,7 @@ config = RunConfig(
     slice="v3-8",
     # Weights and optimizer are float32, as the original's. Logits of the 19 positions
     # take 0.5 GB a core; the original's, of all 128, took 3.3 GB. Twelve layers one
-    # after the other, and not in a loop: a twelfth of the step less, and less memory.
+    # after the other, and not in a loop: 7 % of the step less, and less memory.
     compute=Compute(dtype="bfloat16", loss_chunk=20, unroll=12),
     log_every=500,
     eval_every=2500,

@@ -11,6 +11,7 @@ schedule alone is what XLA does not reckon, such as multiplying integers where t
 cannot. Each is counted once, in a loop over layers too.
 """
 
+import itertools
 import math
 import os
 import re
@@ -20,12 +21,14 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.step.tpu import WORK
+from lm_scale.planning.accelerators import find_slice
+from lm_scale.planning.compile_step import lower_step, slice_mesh
+from lm_scale.planning.hlo import parse
 from lm_scale.planning.kernel_cycles import DELAY, dump_arguments
 
 SHOWN = 12  # instructions
-ESTIMATED = re.compile(r'%(\S+) = .*"estimated_cycles":"(\d+)"')
 BOUNDS = re.compile(r'"iteration_bounds":\[([^\]]*)\]')
-SCOPE = re.compile(r'op_name="([^"]*)"')
 IN_LOOP = re.compile(r"^\s*(?:0x)?[0-9a-f]+\s+[A-Z ,]*:\s*> ")
 
 
@@ -42,6 +45,7 @@ def main() -> None:
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     with tempfile.TemporaryDirectory() as folder:
+        # libtpu reads it when it is loaded, which is when the slice is asked for.
         os.environ["LIBTPU_INIT_ARGS"] = dump_arguments(folder)
         found = Counter(compare(compile_text(sys.argv[1]), Path(folder)))
     print("M cycles, estimated and scheduled, and of how many instructions")
@@ -51,11 +55,7 @@ def main() -> None:
 
 
 def compile_text(name: str) -> str:
-    """The program of a row; libtpu is loaded here, and not before."""
-    from benchmarks.step.tpu import WORK
-    from lm_scale.planning.accelerators import find_slice
-    from lm_scale.planning.compile_step import lower_step, slice_mesh
-
+    """The program of a row."""
     rows = {one.name: one for one in WORK}
     if name not in rows:
         sys.exit(f"{name!r}: expected one of\n" + "\n".join(rows))
@@ -74,16 +74,13 @@ def compare(text: str, folder: Path) -> list[Line]:
         if found:
             schedules[found[1]] = file
     lines = []
-    for line in text.splitlines():
-        found, bounds = ESTIMATED.search(line), BOUNDS.search(line)
-        if found is None or bounds is None or found[1] not in schedules:
+    for one in itertools.chain(*parse(text).computations.values()):
+        bounds = BOUNDS.search(one.rest)
+        if one.cycles == 0 or bounds is None or one.name not in schedules:
             continue
         turns = math.prod(int(number) for number in re.findall(r"\d+", bounds[1]))
-        cycles = turns * cycles_of_loop(schedules[found[1]].read_text("utf-8"))
-        scope = SCOPE.search(line)
-        lines.append(Line(
-            int(found[2]) / 1e6, cycles / 1e6, scope[1][-60:] if scope else ""
-        ))  # fmt: skip
+        cycles = turns * cycles_of_loop(schedules[one.name].read_text("utf-8"))
+        lines.append(Line(one.cycles / 1e6, cycles / 1e6, one.scope[-60:]))
     return lines
 
 

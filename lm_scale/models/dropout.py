@@ -68,7 +68,7 @@ def words_of(key: Key[Array, ""]) -> UInt32[Array, "2"]:
 def hashed(
     x: UInt32[Array, "*D"], first: UInt32[Array, ""], second: UInt32[Array, ""]
 ) -> UInt32[Array, "*D"]:
-    """A permutation of 32-bit words, by two even ones.
+    """A permutation of 32-bit words, by two that are drawn evenly.
 
     To flip one bit of `x` flips each bit of the result half of the time, within 0.2 %
     in the mean and 2 % at most. TPU v2 and v3 multiply words by shifting and adding:

@@ -73,9 +73,8 @@ def _forward(call: Call, q, k, v, noise, segments):
     heads = len(call.lanes())
     log_sum = jax.ShapeDtypeStruct((B, D // LANES, heads, T), jnp.float32)
     mean, log_sum = _run(
-        functools.partial(forward_kernel, call, segments is not None), FORWARD, call,
-        noise, segments, [q, *_of_queries(call, q, k, v)], [q, log_sum],
-        forward_scratch,
+        forward_kernel, FORWARD, forward_scratch, call, noise, segments,
+        [q, *_of_queries(call, q, k, v)], made=[q, log_sum],
     )  # fmt: skip
     mean, log_sum = (kept(checkpoint_name(x, "attention")) for x in (mean, log_sum))
     return mean, (q, k, v, noise, segments, log_sum)
@@ -84,9 +83,8 @@ def _forward(call: Call, q, k, v, noise, segments):
 def _backward(call: Call, saved, d_mean):
     q, k, v, noise, segments, log_sum = saved
     dq, *of_queries = _run(
-        functools.partial(backward_kernel, call, segments is not None), BACKWARD, call,
-        noise, segments, [q, *_of_queries(call, q, k, v), d_mean, log_sum], [q, q, q],
-        backward_scratch,
+        backward_kernel, BACKWARD, backward_scratch, call, noise, segments,
+        [q, *_of_queries(call, q, k, v), d_mean, log_sum], made=[q, q, q],
     )  # fmt: skip
     dk, dv = (_of_keys(call, x, k) for x in of_queries)
     return dq, dk, dv, None, None
@@ -115,12 +113,13 @@ def _of_keys(call: Call, gradient, k) -> Array:
 def _run(
     kernel: Callable[..., None],
     name: str,
+    scratch: Callable[[Call, int, int], list[tuple[int, ...]]],
     call: Call,
     noise: UInt32[Array, "4"] | None,
     segments: Int[Array, "B T"] | None,
     given: list[Array],
+    *,
     made: list[Any],
-    scratch: Callable[[Call, int, int], list[tuple[int, ...]]],
 ) -> tuple[Array, ...]:
     """A kernel over all rows and all groups of heads; `made`: the results' shapes."""
     B, T, D = given[0].shape
@@ -140,7 +139,8 @@ def _run(
         specs.append(pl.BlockSpec((rows, 1, T), lambda b, group: (b, 0, 0)))
         shapes.append((rows, T, LANES))
     results = pl.pallas_call(
-        kernel, grid=(B // rows, D // LANES),
+        functools.partial(kernel, call, segments is not None),
+        grid=(B // rows, D // LANES),
         in_specs=[*specs, *map(spec, given)], out_specs=[*map(spec, made)],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in made],
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in shapes],

@@ -111,7 +111,8 @@ def _times(plan: Plan) -> Table:
     if clock:
         parts += f" at {clock / 1e6:,.0f} MHz"
     if times.kernels:
-        how = "at the peak" if plan.compiled.kernel_cycles is None else "as scheduled"
+        known = clock and plan.compiled.kernel_cycles is not None
+        how = "as scheduled" if known else "at the peak"
         parts += f" + {seconds(times.kernels)} of attention in kernels, {how}"
     if times.waiting:
         parts += f" + {seconds(times.waiting)} for collectives that nothing hides"
