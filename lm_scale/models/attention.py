@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 from lm_scale.models.blockwise import Blocks, attend
 from lm_scale.models.dropout import dropout
 from lm_scale.models.kernels import cudnn, splash, vmem, vmem_takes
-from lm_scale.models.layout import widen
+from lm_scale.models.layout import spread, widen
 from lm_scale.models.ring import ring_attention
 from lm_scale.sharding import Rules, shards
 
@@ -99,6 +99,7 @@ def attention(
     kernel: str = "xla",
     dropout_rate: float = 0.0,
     key: Key[Array, ""] | None = None,
+    biases: Float[Array, "3 H N"] | None = None,
 ) -> Float[Array, "B T H N"]:
     """Each query's mean of the values, weighted by softmax(q·k / sqrt(N)).
 
@@ -106,7 +107,8 @@ def attention(
     attention, Ainslie et al. 2023). A query that `mask` lets look nowhere (padding)
     gets the plain mean. Softmax in f32. Keys and values are gathered along the
     sequence, so that with `seq` sharded (the mesh's context axis) each device has its
-    own queries and sees all keys.
+    own queries and sees all keys. `biases` are added to q, k and v, which have as many
+    heads then.
 
     `kernel` is what `kernels.choose_attention` chose for the run; with `ring`, causal
     rows lie in its `zigzag_order`. Where a kernel cannot do this call (generation with
@@ -121,9 +123,11 @@ def attention(
     plain = mask.key_segments is None and mask.window is None
     if kernel == "vmem" and uncut and in_order and plain and vmem_takes(q, rules):
         return vmem(
-            q, k, v, causal=mask.causal, segments=mask.segments,
+            q, k, v, causal=mask.causal, segments=mask.segments, biases=biases,
             dropout_rate=dropout_rate, key=key, rules=rules,
         )  # fmt: skip
+    if biases is not None:
+        q, k, v = (x + spread(biases[part], x) for part, x in enumerate((q, k, v)))
     if key is not None and dropout_rate > 0.0:
         kernel = "xla"
     if kernel == "ring" and not uncut and of_row and not both_ways:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 from lm_scale.errors import InputError
 from lm_scale.models.attention import Cache, Mask, attention
 from lm_scale.models.compute import Compute
-from lm_scale.models.dropout import dropout, split_key
+from lm_scale.models.dropout import add_dropped, dropout, split_key
 from lm_scale.models.layers import (
     LayerNorm,
     centred,
@@ -156,15 +156,20 @@ class Block(nnx.Module):
         """x: [B T D]; cache: this layer's (k, v), both [B S H N], and their length."""
         attention_key, out_key, mlp_key = split_key(key, 3)
         attended, cache = self.attend(self.norm1(x), mask, attention_key, cache)
-        x = x + dropout(attended, self.config.residual_dropout, out_key)
-        mlp = self.feed_forward(self.norm2(x))
-        return x + dropout(mlp, self.config.residual_dropout, mlp_key), cache
+        rate, dtype = self.config.residual_dropout, x.dtype
+        bias = self.out_bias[...].astype(dtype)
+        x = add_dropped(x, attended, bias, rate, out_key)
+        mlp, bias = self.feed_forward(self.norm2(x)), self.down_bias[...].astype(dtype)
+        return add_dropped(x, mlp, bias, rate, mlp_key), cache
 
     def attend(self, x, mask, key, cache):
-        dtype, rules = x.dtype, self.compute.rules
+        """Without the last bias."""
+        rules = self.compute.rules
         x = from_residual(x, rules, "act_heads")
         with jax.named_scope("attention"):
-            q, k, v = project(x, self.qkv[...], self.compute, self.qkv_bias[...])
+            biases = self.qkv_bias[...]
+            early = None if cache is None else biases  # what is kept has them
+            q, k, v = project(x, self.qkv[...], self.compute, early)
             if cache is not None:
                 k_past, v_past, length = cache
                 k = jax.lax.dynamic_update_slice_in_dim(k_past, k, length, axis=1)
@@ -173,12 +178,13 @@ class Block(nnx.Module):
             mixed = attention(
                 q, k, v, mask=mask, rules=rules, key=key, kernel=self.compute.attention,
                 dropout_rate=self.config.attention_dropout,
+                biases=biases if cache is None else None,
             )  # fmt: skip
             out = project_back(mixed, self.out[...], self.compute)
-            out = to_residual(out, rules)
-            return out + spread(self.out_bias[...].astype(dtype), out), cache
+            return to_residual(out, rules), cache
 
     def feed_forward(self, x):
+        """Without the last bias."""
         dtype, rules = x.dtype, self.compute.rules
         x = from_residual(x, rules, "act_mlp")
         with jax.named_scope("mlp"):
@@ -191,8 +197,7 @@ class Block(nnx.Module):
                 "BTF,FD->BTD", up, self.down[...], self.compute,
                 sum_over("act_mlp", rules),
             )  # fmt: skip
-            down = to_residual(down, rules)
-            return down + spread(self.down_bias[...].astype(dtype), down)
+            return to_residual(down, rules)
 
 
 class GPT2(nnx.Module):

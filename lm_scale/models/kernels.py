@@ -27,13 +27,13 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention
-from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Key, UInt32
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float, Int, Key
 
 from lm_scale.errors import InputError
 from lm_scale.models.compute import Compute
 from lm_scale.models.dropout import words_of
-from lm_scale.models.layout import kept
+from lm_scale.models.layout import kept, spread
 from lm_scale.models.vmem import Call, attend_in_vmem, vmem_obstacle
 from lm_scale.sharding import Rules, shards
 
@@ -282,6 +282,7 @@ def vmem(
     *,
     causal: bool,
     segments: Int[Array, "B T"] | None,
+    biases: Float[Array, "3 H N"] | None,
     dropout_rate: float,
     key: Key[Array, ""] | None,
     rules: Rules,
@@ -292,29 +293,28 @@ def vmem(
     For rows that `vmem_obstacle` has nothing against. Drops out the same weights as
     `xla`. `interpret` runs it on any device, slowly.
     """
-    heads, head_dim = q.shape[2:]
+    B, T, H, N = q.shape
     words = None
+    if biases is not None:
+        each_row = rules.spec("batch", None, "act_heads", None)
+        each_row = jnp.zeros((B, *biases.shape), out_sharding=each_row)
+        biases = spread(biases.astype(jnp.float32), each_row)
     if key is not None and dropout_rate > 0.0:
-        words = words_of(key)
+        cut = rules.spec("batch", "act_heads", None, None)
+        cut = NamedSharding(jax.sharding.get_abstract_mesh(), cut)
+        words = words_of(key, (B, H, T, T), cut)
     rate = 0.0 if words is None else dropout_rate
-    call = Call(heads, head_dim, causal, rate, interpret)
+    call = Call(N, causal, segments is not None, rate, interpret)
 
-    def attend(q, k, v, segments, words):
-        B, T, H, _ = q.shape
-        noise = None
-        if words is not None:
-            firsts = [_place(rules.batch) * B, _place(rules.act_heads) * H]
-            noise = jnp.concatenate([words, jnp.array(firsts, jnp.uint32)])
-        q, k, v = (x.reshape(B, T, -1) for x in (q, k, v))
-        mixed: Any = attend_in_vmem(call, q, k, v, noise, segments)
-        return mixed.reshape(B, T, H, head_dim)
+    def attend(q, k, v, biases, segments, words):
+        flat = [
+            None if x is None else x.reshape(*x.shape[:2], -1)
+            for x in (q, k, v, biases)
+        ]
+        mixed: Any = attend_in_vmem(call, *flat, segments, words)
+        return mixed.reshape(q.shape)
 
-    return _on_each_device(attend, q, k, v, segments, words, rules=rules)
-
-
-def _place(axes: tuple[str, ...]) -> Int[Array, ""] | int:
-    """Which part a device has of what is cut over these mesh axes."""
-    return jax.lax.axis_index(axes) if axes else 0
+    return _on_each_device(attend, q, k, v, biases, segments, words, rules=rules)
 
 
 def _on_each_device(
@@ -322,23 +322,24 @@ def _on_each_device(
     q: Float[Array, "B T H N"],
     k: Float[Array, "B T K N"],
     v: Float[Array, "B T K N"],
-    *others: Int[Array, "B T"] | UInt32[Array, "2"] | None,
+    *others: Any,
     rules: Rules,
 ) -> Float[Array, "B T H N"]:
-    """`kernel` on each device's rows and heads; words of a key are the same for all."""
+    """`kernel` on each device's rows and heads.
+
+    others: None, or trees of what is [B T], [B H T], [B 3 H N], or the same for all.
+    """
     mine = rules.spec("batch", "seq", "act_heads", None)
     if k.shape[2] != q.shape[2] and rules.act_kv_heads != rules.act_heads:
         # Fewer key-value heads than parts: each device takes those of its queries.
         k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
-    q, k, v = (jax.reshard(x, mine) for x in (q, k, v))
-    rows, whole = rules.spec("batch", "seq"), rules.spec(None)
-    specs = [rows if x is None or x.ndim == 2 else whole for x in others]
-    cut = [
-        None if x is None else jax.reshard(x, spec)
-        for x, spec in zip(others, specs, strict=True)
-    ]
+    by_dims = {
+        1: rules.spec(None), 2: rules.spec("batch", "seq"),
+        3: rules.spec("batch", "act_heads", None),
+        4: rules.spec("batch", None, "act_heads", None),
+    }  # fmt: skip
+    specs = mine, mine, mine, *jax.tree.map(lambda x: by_dims[x.ndim], others)
     return jax.shard_map(
-        kernel,
-        in_specs=(mine, mine, mine, *specs), out_specs=mine,
+        kernel, in_specs=specs, out_specs=mine,
         check_vma=False,  # a Pallas kernel does not say over which axes it varies
-    )(q, k, v, *cut)  # fmt: skip
+    )(*jax.tree.map(jax.reshard, (q, k, v, *others), specs))  # fmt: skip

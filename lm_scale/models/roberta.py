@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 from lm_scale.errors import InputError
 from lm_scale.models.attention import Mask, attention
 from lm_scale.models.compute import Compute
-from lm_scale.models.dropout import dropout, split_key
+from lm_scale.models.dropout import add_dropped, dropout, split_key
 from lm_scale.models.layers import (
     LayerNorm,
     centred,
@@ -161,24 +161,28 @@ class Block(nnx.Module):
         """x: [B T D]."""
         attention_key, out_key, mlp_key = split_key(key, 3)
         attended = self.attend(x, mask, attention_key)
-        x = self.norm1(x + dropout(attended, self.config.dropout, out_key))
-        mlp = self.feed_forward(x)
-        return self.norm2(x + dropout(mlp, self.config.dropout, mlp_key))
+        rate, dtype = self.config.dropout, x.dtype
+        bias = self.out_bias[...].astype(dtype)
+        x = self.norm1(add_dropped(x, attended, bias, rate, out_key))
+        mlp, bias = self.feed_forward(x), self.down_bias[...].astype(dtype)
+        return self.norm2(add_dropped(x, mlp, bias, rate, mlp_key))
 
     def attend(self, x, mask, key):
-        dtype, rules = x.dtype, self.compute.rules
+        """Without the last bias."""
+        rules = self.compute.rules
         x = from_residual(x, rules, "act_heads")
         with jax.named_scope("attention"):
-            q, k, v = project(x, self.qkv[...], self.compute, self.qkv_bias[...])
+            q, k, v = project(x, self.qkv[...], self.compute)
             mixed = attention(
                 q, k, v, mask=mask, rules=rules, key=key, kernel=self.compute.attention,
                 dropout_rate=self.config.attention_dropout,
+                biases=self.qkv_bias[...],
             )  # fmt: skip
             out = project_back(mixed, self.out[...], self.compute)
-            out = to_residual(out, rules)
-            return out + spread(self.out_bias[...].astype(dtype), out)
+            return to_residual(out, rules)
 
     def feed_forward(self, x):
+        """Without the last bias."""
         dtype, rules = x.dtype, self.compute.rules
         x = from_residual(x, rules, "act_mlp")
         with jax.named_scope("mlp"):
@@ -191,8 +195,7 @@ class Block(nnx.Module):
                 "BTF,FD->BTD", up, self.down[...], self.compute,
                 sum_over("act_mlp", rules),
             )  # fmt: skip
-            down = to_residual(down, rules)
-            return down + spread(self.down_bias[...].astype(dtype), down)
+            return to_residual(down, rules)
 
 
 class Roberta(nnx.Module):

@@ -30,7 +30,9 @@ from lm_scale.models.vmem_kernels import (
 )
 
 LONGEST = {"bfloat16": 1024, "float32": 512}  # tokens of a row, for 16 MiB of VMEM
-TOKENS = 512  # at least, of the rows that a kernel holds, if a device has them
+TOKENS, SCORES = 1024, 2048  # at most, of short rows that a kernel holds
+Words = tuple[UInt32[Array, "B H T"], UInt32[Array, "T"]]
+Others = tuple[Float[Array, "B 3 D"] | None, Int[Array, "B T"] | None, Words | None]
 FORWARD, BACKWARD = "attention_forward", "attention_backward"  # as programs name them
 
 
@@ -54,40 +56,42 @@ def attend_in_vmem(
     q: Float[Array, "B T D"],
     k: Float[Array, "B T E"],
     v: Float[Array, "B T E"],
-    noise: UInt32[Array, "4"] | None,
+    biases: Float[Array, "B 3 D"] | None,
     segments: Int[Array, "B T"] | None,
+    words: Words | None,
 ) -> Float[Array, "B T D"]:
     """The weighted means, on one device, of rows without a `vmem_obstacle`.
 
-    E: K·N, of as many heads as there are queries', or fewer. noise: of dropout, a key's
-    two words and the numbers of this device's first row and head; the mask is that of
-    `dropout.dropout` on weights [B H T S] of all devices. segments: a query sees keys
-    of its own.
+    E: K·N, of as many heads as there are queries', or fewer. biases: added to q, k and
+    v, for each row; where E = D. So their gradients are summed over a row's tokens here
+    and not by a pass over all of them. segments: a query sees keys of its own. words:
+    `dropout.words_of` the weights [B H T S] of all devices, this device's part.
     """
-    return _forward(call, q, k, v, noise, segments)[0]
+    return _forward(call, q, k, v, biases, segments, words)[0]
 
 
-def _forward(call: Call, q, k, v, noise, segments):
+def _forward(call: Call, q, k, v, biases, segments, words):
     q, k, v = kept(q), kept(k), kept(v)
+    others = biases, segments, words
     B, T, D = q.shape
     heads = len(call.lanes())
     log_sum = jax.ShapeDtypeStruct((B, D // LANES, heads, T), jnp.float32)
     mean, log_sum = _run(
-        forward_kernel, FORWARD, forward_scratch, call, noise, segments,
+        forward_kernel, FORWARD, forward_scratch, call, others,
         [q, *_of_queries(call, q, k, v)], made=[q, log_sum],
     )  # fmt: skip
     mean, log_sum = (kept(checkpoint_name(x, "attention")) for x in (mean, log_sum))
-    return mean, (q, k, v, noise, segments, log_sum)
+    return mean, (q, k, v, others, log_sum)
 
 
 def _backward(call: Call, saved, d_mean):
-    q, k, v, noise, segments, log_sum = saved
-    dq, *of_queries = _run(
-        backward_kernel, BACKWARD, backward_scratch, call, noise, segments,
-        [q, *_of_queries(call, q, k, v), d_mean, log_sum], made=[q, q, q],
+    q, k, v, others, log_sum = saved
+    dq, *of_queries, d_biases = _run(
+        backward_kernel, BACKWARD, backward_scratch, call, others,
+        [q, *_of_queries(call, q, k, v), d_mean, log_sum], made=[q, q, q, others[0]],
     )  # fmt: skip
     dk, dv = (_of_keys(call, x, k) for x in of_queries)
-    return dq, dk, dv, None, None
+    return dq, dk, dv, d_biases, None, None
 
 
 attend_in_vmem.defvjp(_forward, _backward)
@@ -113,45 +117,59 @@ def _of_keys(call: Call, gradient, k) -> Array:
 def _run(
     kernel: Callable[..., None],
     name: str,
-    scratch: Callable[[Call, int, int], list[tuple[int, ...]]],
+    scratch: Callable[[Call, int, int, Any], list[tuple[int, ...]]],
     call: Call,
-    noise: UInt32[Array, "4"] | None,
-    segments: Int[Array, "B T"] | None,
+    others: Others,
     given: list[Array],
     *,
     made: list[Any],
-) -> tuple[Array, ...]:
-    """A kernel over all rows and all groups of heads; `made`: the results' shapes."""
+) -> tuple[Array | None, ...]:
+    """A kernel over all rows and all groups of heads; `made`: the results' shapes.
+
+    None: no such array is given, or made.
+    """
+    biases, segments, words = others
     B, T, D = given[0].shape
-    rows, heads = rows_of_kernel(B, T), len(call.lanes())
+    heads = len(call.lanes())
+    rows = rows_of_kernel(B, T, call.head_dim)
 
     def spec(x):
         if x.ndim == 3:
-            return pl.BlockSpec((rows, T, LANES), lambda b, group: (b, 0, group))
+            lanes = rows, x.shape[1], LANES
+            return pl.BlockSpec(lanes, lambda b, group: (b, 0, group))
         return pl.BlockSpec((rows, 1, heads, T), lambda b, group: (b, group, 0, 0))
 
-    first, specs, shapes = [], [], scratch(call, rows, T)
-    if call.dropout:
-        first.append(noise)
-        specs.append(pl.BlockSpec(memory_space=pltpu.SMEM))
+    of_rows, of_words, shapes = None, None, scratch(call, rows, T, given[0].dtype)
     if segments is not None:
-        first.append(as_loaded(segments)[:, None])
-        specs.append(pl.BlockSpec((rows, 1, T), lambda b, group: (b, 0, 0)))
-        shapes.append((rows, T, LANES))
+        segments = as_loaded(segments)[:, None]
+        of_rows = pl.BlockSpec((rows, 1, T), lambda b, group: (b, 0, 0))
+    if words is not None:
+        queries, keys = words
+        queries = as_loaded(queries).reshape(B, -1, heads, T)
+        pairs = jnp.broadcast_to(keys[::2, None], (T // 2, LANES))
+        all_pairs = pl.BlockSpec(pairs.shape, lambda b, group: (0, 0))
+        words, of_words = (queries, pairs), (spec(queries), all_pairs)
+    of_heads, results = (
+        [None if x is None else spec(x) for x in arrays]
+        for arrays in ([biases, *given], made)
+    )
     results = pl.pallas_call(
-        functools.partial(kernel, call, segments is not None),
+        functools.partial(kernel, call),
         grid=(B // rows, D // LANES),
-        in_specs=[*specs, *map(spec, given)], out_specs=[*map(spec, made)],
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in made],
+        in_specs=[of_rows, of_words, *of_heads], out_specs=results,
+        out_shape=[
+            None if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype) for x in made
+        ],
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in shapes],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel")
         ),
         interpret=call.interpret, name=name,
-    )(*first, *given)  # fmt: skip
+    )(segments, words, biases, *given)  # fmt: skip
     return tuple(results)
 
 
-def rows_of_kernel(batch: int, length: int) -> int:
+def rows_of_kernel(batch: int, length: int, head_dim: int) -> int:
     """Of so many rows of a device, those that a kernel holds at one time."""
-    return math.gcd(batch, max(1, TOKENS // length))
+    scores = LANES // head_dim * length * length // LANES  # for each query of a block
+    return math.gcd(batch, max(1, min(TOKENS // length, SCORES // scores)))

@@ -14,8 +14,9 @@ The backward pass makes weights anew from one number a query, the logarithm of i
 (FlashAttention-2, Dao 2023, section 3.1). Dropout's mask is made where it is used.
 
 Refs: q, k, v and what is of their size [R T 128], R rows and the G = 128 / N heads of a
-group; `log_sum` f32 [R 1 G T]; before them the noise of dropout (uint32 [4], see
-`vmem.attend_in_vmem`) and the segments (int32 [R 1 T], as loaded), if there are such.
+group; `log_sum` f32 [R 1 G T]. Before them, each None where there are no such: the
+segments (int32 [R 1 T], as loaded); the words of dropout, of queries (uint32 [R 1 G T],
+as loaded) and of pairs of keys ([T/2 128]); biases of q, k and v (f32 [R 3 128]).
 """
 
 import functools
@@ -27,17 +28,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from lm_scale.models.dropout import hashed, is_kept
+from lm_scale.models.dropout import HALF, is_kept, mixed
 
 LANES = 128  # of a register; a block has as many tokens
 # Queries of a head are worked through in blocks of 128. The code of some blocks is one:
-# products of one fill the waits of another. So many scores of keys, over the heads and
-# the blocks of one code, leave VMEM room for all values that exist at one time.
-FORWARD_SCORES, BACKWARD_SCORES = 4096, 2048
+# products of one fill the waits of another. It has no more scores than VMEM has room
+# for the values that exist at one time: as seen, 5.5 for each score of the backward
+# pass, 6.5 under a causal mask, and less forward.
+VMEM, VALUES, CAUSAL_VALUES = 2**24, 5.5, 6.5
+FORWARD_SCORES = 4096  # for each query of a block: keys, of all heads and blocks
 HIDDEN = -1e30  # the score of a key that is not seen
-LOW, HIGH, NAN = np.uint32(0xFFFF), np.uint32(0xFFFF0000), np.uint32(0x7FC00000)
+HIGH = np.uint32(0xFFFF0000)
 BY_LANES, PLAIN = (((1,), (1,)), ((), ())), (((1,), (0,)), ((), ()))  # a @ b.T; a @ b
 
 
@@ -45,9 +48,9 @@ BY_LANES, PLAIN = (((1,), (1,)), ((), ())), (((1,), (0,)), ((), ()))  # a @ b.T;
 class Call:
     """What is known of a call when the program is made."""
 
-    heads: int  # of all devices: what numbers weights for dropout
     head_dim: int
     causal: bool
+    segments: bool = False  # a query sees keys of its own document
     dropout: float = 0.0
     interpret: bool = False  # on any device, slowly
 
@@ -70,34 +73,67 @@ class Call:
         """The blocks of keys that a block of queries sees something of."""
         return range(block + 1 if self.causal else blocks)
 
-    def blocks_at_once(self, scores: int, length: int) -> int:
-        """The blocks of queries whose code is one, for so many scores."""
-        return max(1, scores // (len(self.lanes()) * length))
+    def parts(self, rows: int, length: int, most: int) -> list[list[tuple[int, int]]]:
+        """Rows and blocks of queries whose code is one, for so many scores of each."""
+        blocks, heads, parts, scores = length // LANES, len(self.lanes()), [], most
+        sizes = [len(self.sees(b, blocks)) * LANES * heads for b in range(blocks)]
+        for block, more in enumerate(sizes):
+            for row in range(rows):
+                # (Where one is too large already, there is no room for a second.)
+                if scores + more > most or max(sizes) > most:
+                    parts.append([])
+                    scores = 0
+                parts[-1].append((row, block))
+                scores += more
+        return parts
+
+    def forward_parts(self, rows: int, length: int):
+        """The parts of the forward pass's code."""
+        return self.parts(rows, length, FORWARD_SCORES)
+
+    def backward_parts(self, rows: int, length: int, dtype: Any):
+        """The parts of the backward pass's code."""
+        whole, heads = rows * length * LANES, len(self.lanes())
+        # What comes and goes, twice, as the next is fetched meanwhile; the scratch; the
+        # words of dropout.
+        taken = 2 * 7 * whole * jnp.dtype(dtype).itemsize
+        taken += 4 * ((5 + self.segments) * whole + 4 * heads * length * LANES)
+        taken += 4 * length * LANES * (self.dropout > 0)
+        values = CAUSAL_VALUES if self.causal else VALUES
+        most = int((VMEM - taken) / (4 * LANES * values))
+        return self.parts(rows, length, most)
 
 
-def forward_scratch(call: Call, rows: int, length: int) -> list[tuple[int, ...]]:
-    """Shapes, f32: queries, keys, values transposed, scores of two blocks."""
+def forward_scratch(
+    call: Call, rows: int, length: int, dtype: Any
+) -> list[tuple[int, ...]]:
+    """Shapes, f32: queries, keys, values transposed, scores of two blocks; segments."""
     whole, heads = (rows, length, LANES), len(call.lanes())
-    slots = min(2, call.blocks_at_once(FORWARD_SCORES, length))
-    return [whole, whole, (rows, LANES, length), (slots, heads, length, LANES)]
+    slots = min(2, max(map(len, call.forward_parts(rows, length))))
+    scores = (slots, heads, length, LANES)
+    return [whole, whole, (rows, LANES, length), scores, *[whole] * call.segments]
 
 
-def forward_kernel(call: Call, segmented: bool, *refs):
+def forward_kernel(call: Call, of_queries, words, biases, q_ref, k_ref, v_ref, *refs):
     """From q, k, v: the means and `log_sum`."""
-    noise, segments, refs = _prepare(call, segmented, refs)
-    q_ref, k_ref, v_ref, mean_ref, sum_ref, queries, keys, values_t, scores = refs
+    mean_ref, sum_ref, queries, keys, values_t, scores, *of_keys = refs
+    segments = _segments(of_queries, *of_keys)
     rows, T = q_ref.shape[:2]
     blocks = T // LANES
     for row in range(rows):
         for block in map(_tokens, range(blocks)):
-            queries[row, block] = _load(q_ref, row, block) * call.scale
-            keys[row, block] = _load(k_ref, row, block)
-            values_t[row, :, block] = _load(v_ref, row, block).T
+            q, k, v = (
+                _load(ref, row, block) + _bias(biases, row, part)
+                for part, ref in enumerate((q_ref, k_ref, v_ref))
+            )
+            queries[row, block], keys[row, block] = q, k
+            values_t[row, :, block] = v.T
 
     def score(row, block, slot):
         """Scores, and the largest of each query."""
         largest = []
-        for head, own in enumerate(_of_heads(call, queries[row, _tokens(block)])):
+        query = queries[row, _tokens(block)]
+        for head, own in enumerate(_of_heads(call, query, call.scale)):
             most = jnp.full((LANES, LANES), HIDDEN)
             for other in call.sees(block, blocks):
                 score = _product(keys[row, _tokens(other)], own, BY_LANES)
@@ -117,44 +153,54 @@ def forward_kernel(call: Call, segmented: bool, *refs):
                 weight = jnp.exp(scores[slot, head, _tokens(other)] - largest[head])
                 total = total + weight
                 if call.dropout:
-                    stays = _undropped(call, noise, T, (row, head, block, other))
+                    stays = _undropped(call, words, (row, head, block, other))
                     weight = jnp.where(stays, weight, 0.0)
                 mean = mean + _product(values_t[row, lanes, _tokens(other)], weight)
             total = jnp.sum(total, axis=0, keepdims=True)
             log_sum = largest[head] + jnp.log(total)
             sum_ref[row, 0, head : head + 1, _tokens(block)] = log_sum
             means.append(mean * (call.more / total))
-        _store(mean_ref, row, _tokens(block), jnp.concatenate(means, axis=0).T)
+        _store(call, mean_ref, row, _tokens(block), jnp.concatenate(means, axis=0).T)
 
-    _overlap(rows, blocks, score, mix, call.blocks_at_once(FORWARD_SCORES, T))
+    _overlap(call.forward_parts(rows, T), score, mix)
 
 
-def backward_scratch(call: Call, rows: int, length: int) -> list[tuple[int, ...]]:
-    """Shapes, f32: keys, values, keys transposed; dk, dv; weights and gradients."""
+def backward_scratch(
+    call: Call, rows: int, length: int, dtype: Any
+) -> list[tuple[int, ...]]:
+    """Shapes, f32: keys, values, keys transposed, dk, dv, weights, their gradients.
+
+    And segments.
+    """
     whole, heads = (rows, length, LANES), len(call.lanes())
-    slots = min(2, call.blocks_at_once(BACKWARD_SCORES, length))
+    slots = min(2, max(map(len, call.backward_parts(rows, length, dtype))))
     scores = (slots, heads, length, LANES)
-    return [whole, whole, (rows, LANES, length), whole, whole, scores, scores]
+    turned, of_keys = (rows, LANES, length), [whole] * call.segments
+    return [whole, whole, turned, whole, whole, scores, scores, *of_keys]
 
 
-def backward_kernel(call: Call, segmented: bool, *refs):
-    """From q, k, v, the gradient of the means and `log_sum`: dq, dk, dv."""
-    noise, segments, refs = _prepare(call, segmented, refs)
-    q_ref, k_ref, v_ref, d_mean_ref, sum_ref, *refs = refs
-    dq_ref, dk_ref, dv_ref, keys, values, keys_t, dks, dvs, weights, d_weights = refs
+def backward_kernel(call: Call, of_queries, words, biases, q_ref, k_ref, v_ref, *refs):
+    """From q, k, v, the gradient of the means and `log_sum`: dq, dk, dv, and biases'.
+
+    These are of each row for itself, sums of all its tokens.
+    """
+    d_mean_ref, sum_ref, dq_ref, dk_ref, dv_ref, d_biases, *refs = refs
+    keys, values, keys_t, dks, dvs, weights, d_weights, *of_keys = refs
+    segments = _segments(of_queries, *of_keys)
     rows, T = q_ref.shape[:2]
     blocks = T // LANES
     for row in range(rows):
         for block in map(_tokens, range(blocks)):
-            keys[row, block] = key = _load(k_ref, row, block)
-            keys_t[row, :, block] = key.T
-            values[row, block] = _load(v_ref, row, block) * call.more
+            key = _load(k_ref, row, block) + _bias(biases, row, 1)
+            keys[row, block], keys_t[row, :, block] = key, key.T
+            values[row, block] = _load(v_ref, row, block) + _bias(biases, row, 2)
 
     def score(row, block, slot):
         """Weights (of those dropped the negative), their gradients and these' mean."""
-        query = _load(q_ref, row, _tokens(block)) * call.scale
+        query = _load(q_ref, row, _tokens(block)) + _bias(biases, row, 0)
         d_mean = _load(d_mean_ref, row, _tokens(block))
-        factors = list(zip(*(_of_heads(call, x) for x in (query, d_mean)), strict=True))
+        both = _of_heads(call, query, call.scale), _of_heads(call, d_mean, call.more)
+        factors = list(zip(*both, strict=True))
         inner = []
         for head, (own, d_own) in enumerate(factors):
             log_sum, along = sum_ref[row, 0, head : head + 1, _tokens(block)], 0.0
@@ -166,7 +212,7 @@ def backward_kernel(call: Call, segmented: bool, *refs):
                 d_weight = _product(values[row, _tokens(other)], d_own, BY_LANES)
                 signed = weight
                 if call.dropout:
-                    stays = _undropped(call, noise, T, (row, head, block, other))
+                    stays = _undropped(call, words, (row, head, block, other))
                     d_weight = jnp.where(stays, d_weight, 0.0)
                     signed = jnp.where(stays, weight, -weight)
                 weights[slot, head, _tokens(other)] = signed
@@ -196,20 +242,22 @@ def backward_kernel(call: Call, segmented: bool, *refs):
             if block > (other if call.causal else 0):
                 dk, dv = dks[at] + dk, dvs[at] + dv
             dks[at], dvs[at] = dk, dv
-        dq = jnp.concatenate(dqs, axis=0) * call.scale
-        _store(dq_ref, row, _tokens(block), dq.T)
+        dq = (jnp.concatenate(dqs, axis=0) * call.scale).T
+        _store(call, dq_ref, row, _tokens(block), dq)
+        _add_to_bias(d_biases, row, 0, dq, is_first=block == 0)
 
-    _overlap(rows, blocks, score, mix, call.blocks_at_once(BACKWARD_SCORES, T))
+    _overlap(call.backward_parts(rows, T, q_ref.dtype), score, mix)
     for row in range(rows):
         for block in map(_tokens, range(blocks)):
-            _store(dk_ref, row, block, dks[row, block])
-            _store(dv_ref, row, block, dvs[row, block] * call.more)
+            dk, dv = dks[row, block], dvs[row, block]
+            _store(call, dk_ref, row, block, dk)
+            _store(call, dv_ref, row, block, dv)
+            for part, gradient in ((1, dk), (2, dv)):
+                _add_to_bias(d_biases, row, part, gradient, is_first=block.start == 0)
 
 
-def _overlap(rows: int, blocks: int, score, mix, together: int) -> None:
-    """Each block of queries is mixed after the next, of so many together, is scored."""
-    places = [(row, block) for block in range(blocks) for row in range(rows)]
-    parts = [places[at : at + together] for at in range(0, len(places), together)]
+def _overlap(parts: list[list[tuple[int, int]]], score, mix) -> None:
+    """Each block of queries is mixed after the next of its part is scored."""
 
     def work(part):
         scored = score(*part[0], 0)
@@ -227,33 +275,35 @@ def _overlap(rows: int, blocks: int, score, mix, together: int) -> None:
         return nothing
 
     if len(parts) == 1:
-        work(places)
+        work(parts[0])
     else:
         jax.lax.fori_loop(0, len(parts), turn, None)
 
 
-def _prepare(call: Call, segmented: bool, refs):
-    """Dropout's noise here, segments along lanes and along rows, the other refs.
+def _segments(of_queries, of_keys: Any = None):
+    """Those along lanes, and along rows, which are written here; None: there are none.
 
-    Those along rows are written here, to the last of the refs.
+    of_keys: the last of the scratch, if there are segments.
     """
-    refs, noise, segments = [*refs], None, None
-    if call.dropout:
-        first, second, row, head = (refs[0][at] for at in range(4))
-        rows = pl.program_id(0) * refs[1].shape[0]
-        heads = pl.program_id(1) * len(call.lanes())
-        row, head = row + rows.astype(jnp.uint32), head + heads.astype(jnp.uint32)
-        noise = first, second, row, head
-        del refs[0]
-    if segmented:
-        of_queries, of_keys = refs.pop(0), refs.pop()
-        rows, _, T = of_queries.shape
-        for row in range(rows):
-            for block in map(_tokens, range(T // LANES)):
-                ids = of_queries[row, :, block].astype(jnp.float32)
-                of_keys[row, block] = jnp.broadcast_to(ids, (LANES, LANES)).T
-        segments = of_queries, of_keys
-    return noise, segments, refs
+    if of_queries is None:
+        return None
+    rows, _, T = of_queries.shape
+    for row in range(rows):
+        for block in map(_tokens, range(T // LANES)):
+            ids = of_queries[row, :, block].astype(jnp.float32)
+            of_keys[row, block] = jnp.broadcast_to(ids, (LANES, LANES)).T
+    return of_queries, of_keys
+
+
+def _bias(biases, row: int, part: int) -> Float[Array, "1 128"] | float:
+    return 0.0 if biases is None else biases[row, part : part + 1]
+
+
+def _add_to_bias(d_biases, row: int, part: int, gradient, *, is_first: bool) -> None:
+    if d_biases is not None:
+        total = jnp.sum(gradient, axis=0, keepdims=True)
+        at = row, slice(part, part + 1)
+        d_biases[at] = total if is_first else d_biases[at] + total
 
 
 def _tokens(block: int) -> slice:
@@ -268,31 +318,36 @@ def _load(ref, row: int, tokens: slice) -> Float[Array, "128 128"]:
     if ref.dtype == jnp.float32:
         halves = [ref[pl.ds(row, 1), half][0] for half in _halves(tokens)]
         return jnp.concatenate(halves, axis=0)
-    words = pltpu.bitcast(ref[row, tokens], jnp.uint32)
+    words = _words(ref)[row, _pairs(tokens)]
     halves = jnp.concatenate([words << 16, words & HIGH], axis=0)
     return jax.lax.bitcast_convert_type(halves, jnp.float32)
 
 
-def _store(ref, row: int, tokens: slice, x: Float[Array, "128 128"]) -> None:
-    """The way back from `_load`; rounds to the nearest bf16, to the even one of two."""
+def _store(call: Call, ref, row: int, tokens: slice, x: Float[Array, "128 128"]):
+    """The way back from `_load`; bf16 is the nearest, as the hardware rounds."""
     low, high = x[: LANES // 2], x[LANES // 2 :]
     if ref.dtype == jnp.float32:
         for half, of_half in zip(_halves(tokens), (low, high), strict=True):
             ref[pl.ds(row, 1), half] = of_half[None]
-        return
-    low, high = _rounded(low), _rounded(high)
-    ref[row, tokens] = pltpu.bitcast((low >> 16) | (high & HIGH), jnp.bfloat16)
+    elif call.interpret:  # jax 0.10 does not interpret what is written as words
+        both = jnp.stack([low, high], axis=1).reshape(x.shape)
+        ref[row, tokens] = both.astype(ref.dtype)
+    else:
+        words = pltpu.pack_elementwise([low, high], packed_dtype=ref.dtype)
+        _words(ref)[row, _pairs(tokens)] = words
+
+
+def _words(ref):
+    """The words that two tokens share; to cast a value, and not memory, moves it."""
+    return ref.bitcast(jnp.uint32)
+
+
+def _pairs(tokens: slice) -> slice:
+    return slice(tokens.start // 2, tokens.stop // 2)
 
 
 def _halves(tokens: slice):
     return [pl.ds(tokens.start + at, LANES // 2, stride=2) for at in range(2)]
-
-
-def _rounded(x: Float[Array, "*D"]) -> UInt32[Array, "*D"]:
-    """Words whose high half is the nearest bf16; what is no number stays none."""
-    words = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    nearest = words + np.uint32(0x7FFF) + ((words >> 16) & np.uint32(1))
-    return jnp.where(x == x, nearest, NAN)  # noqa: PLR0124
 
 
 def _places(dim: int) -> Int[Array, "128 128"]:
@@ -301,21 +356,21 @@ def _places(dim: int) -> Int[Array, "128 128"]:
     return jnp.where(number < LANES // 2, 2 * number, 2 * number - LANES + 1)
 
 
-def as_loaded(x: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Numbers of tokens in the order of `_load`."""
-    pairs = x.reshape(x.shape[0], -1, LANES // 2, 2)
-    return pairs.swapaxes(2, 3).reshape(x.shape)
+def as_loaded(x: Shaped[Array, "*B T"]) -> Shaped[Array, "*B T"]:
+    """What is of tokens in the order of `_load`."""
+    pairs = x.reshape(*x.shape[:-1], -1, LANES // 2, 2)
+    return pairs.swapaxes(-1, -2).reshape(x.shape)
 
 
-def _of_heads(call: Call, x: Float[Array, "T 128"]) -> list[Float[Array, "T 128"]]:
-    """A copy for each head, zero in the lanes of the others."""
+def _of_heads(
+    call: Call, x: Float[Array, "T 128"], factor: float
+) -> list[Float[Array, "T 128"]]:
+    """`x` times a factor for each head, zero in the lanes of the others."""
     if call.head_dim == LANES:
-        return [x]
-    lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    return [
-        jnp.where((lane >= own.start) & (lane < own.stop), x, 0.0)
-        for own in call.lanes()
-    ]
+        return [x * factor]
+    lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+    own = ((lane >= at.start) & (lane < at.stop) for at in call.lanes())
+    return [x * jnp.where(lanes, factor, 0.0) for lanes in own]
 
 
 def _product(a, b, dims=PLAIN):
@@ -335,16 +390,11 @@ def _seen(call: Call, segments, at) -> Bool[Array, "S T"] | None:
     return functools.reduce(jnp.logical_and, seen) if seen else None
 
 
-def _undropped(call: Call, noise, length: int, at) -> Bool[Array, "S T"]:
+def _undropped(call: Call, words, at) -> Bool[Array, "S T"]:
     """Where dropout leaves a block's weights."""
     row, head, block, other = at
-    *key, first_row, first_head = noise
-    T = np.uint32(length)
-    query = (first_row + np.uint32(row)) * np.uint32(call.heads)
-    query = (query + first_head + np.uint32(head)) * T + np.uint32(block * LANES)
-    numbers = (_places(1) * length + _places(0)).astype(jnp.uint32)[: LANES // 2]
-    numbers = numbers + (query * T + np.uint32(other * LANES))
-    # Of even weights; those after them have the other halves of these words.
-    words = hashed(numbers >> 1, *key)
-    draws = jnp.concatenate([words & LOW, words >> 16], axis=0)
-    return is_kept(draws, call.dropout)
+    of_queries, of_pairs = words
+    own = of_queries[row, 0, head : head + 1, _tokens(block)]
+    # Words of even keys and those after them.
+    both = mixed(own, of_pairs[_pairs(_tokens(other))])
+    return is_kept(jnp.concatenate([both << HALF, both], axis=0), call.dropout)

@@ -24,7 +24,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from lm_scale.compile_cache import uncached
 from lm_scale.config import RunConfig
-from lm_scale.models import family_of
+from lm_scale.models import LlamaConfig, family_of
 from lm_scale.models.kernels import head_dim_of
 from lm_scale.models.vmem import (
     BACKWARD,
@@ -52,6 +52,7 @@ class Attention:
     heads: int
     head_dim: int
     causal: bool
+    biases: bool  # of queries, keys and values
     segments: bool
     dropout: float
     dtype: str
@@ -74,6 +75,7 @@ def attention_of(config: RunConfig, mesh: Mesh) -> Attention:
         batch=config.batch // parts, length=config.seq_len,
         heads=model.heads // shards(rules, mesh, "act_heads"),
         head_dim=head_dim_of(model), causal=family_of(model).causal,
+        biases=not isinstance(model, LlamaConfig),  # whose are added before they turn
         segments=config.data.examples != "blocks", dropout=model.attention_dropout,
         dtype=config.compute.dtype,
     )  # fmt: skip
@@ -111,7 +113,7 @@ def scheduled(attention: Attention) -> Cycles | None:
         except (OSError, subprocess.SubprocessError):
             return None
         found = [_of_schedule(Path(folder), name) for name in (FORWARD, BACKWARD)]
-    rows = rows_of_kernel(attention.batch, attention.length)
+    rows = rows_of_kernel(attention.batch, attention.length, attention.head_dim)
     groups = attention.heads * attention.head_dim // LANES
     parts = attention.batch // rows * groups
     forward, backward = found
@@ -143,27 +145,33 @@ def compile_kernels(attention: Attention) -> None:
     generation = next(one for one in GENERATIONS if one.kind == attention.kind)
     device = topology_devices(Slice("", generation, 4))[0]
     here = SingleDeviceSharding(device)
-    rows = rows_of_kernel(attention.batch, attention.length)
+    rows = rows_of_kernel(attention.batch, attention.length, attention.head_dim)
 
     def shape(dims, dtype):
         return jax.ShapeDtypeStruct(dims, dtype, sharding=here)
 
     # (Three, and not two: of twice the rows a kernel might hold twice as many.)
     x = shape((3 * rows, attention.length, 2 * LANES), attention.dtype)
-    noise = shape((4,), jnp.uint32) if attention.dropout else None
-    segments = shape(x.shape[:2], jnp.int32) if attention.segments else None
+    B, T, D = x.shape
+    biases = shape((B, 3, D), jnp.float32) if attention.biases else None
+    segments = shape((B, T), jnp.int32) if attention.segments else None
+    words = None
+    if attention.dropout:
+        heads = D // attention.head_dim
+        words = shape((B, heads, T), jnp.uint32), shape((T,), jnp.uint32)
     call = Call(
-        attention.heads, attention.head_dim, attention.causal, attention.dropout
+        attention.head_dim, attention.causal, attention.segments, attention.dropout
     )
 
-    def both(q, k, v, d_mean, noise, segments):
-        mean, pull = jax.vjp(
-            lambda *qkv: attend_in_vmem(call, *qkv, noise, segments), q, k, v
-        )
+    def both(q, k, v, biases, d_mean, segments, words):
+        def attend(*given):
+            return attend_in_vmem(call, *given, segments, words)
+
+        mean, pull = jax.vjp(attend, q, k, v, biases)
         return mean, *pull(d_mean)
 
     with uncached():  # what is loaded has no schedule
-        jax.jit(both).lower(x, x, x, x, noise, segments).compile()
+        jax.jit(both).lower(x, x, x, biases, x, segments, words).compile()
 
 
 if __name__ == "__main__":

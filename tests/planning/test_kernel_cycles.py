@@ -18,7 +18,7 @@ pytest.importorskip("libtpu", reason="libtpu, the compiler for TPUs, is not inst
 
 GPT2 = Attention(
     kind="TPU v3", batch=4, length=512, heads=12, head_dim=64, causal=True,
-    segments=False, dropout=0.0, dtype="bfloat16",
+    biases=True, segments=False, dropout=0.0, dtype="bfloat16",
 )  # fmt: skip
 UNIT = 2 * 2 * 128 * 128  # FLOPs a cycle of a TPU v3's two matrix units
 
@@ -52,8 +52,11 @@ def test_the_schedule_is_longer_than_the_products_at_the_peak_and_not_much():
         {"dtype": "bfloat16", "length": 1024, "causal": False},
         {"dtype": "float32", "length": 512, "causal": False},
         {"dtype": "bfloat16", "length": 1024, "head_dim": 128, "causal": True},
+        {"dtype": "bfloat16", "length": 1024, "causal": True},
+        {"dtype": "bfloat16", "length": 896, "causal": True},
+        {"dtype": "bfloat16", "length": 640, "causal": False},
     ],
-    ids=lambda most: f"{most['dtype']}, {most['length']}",
+    ids=str,
 )
 def test_the_longest_rows_fit_into_vmem(kind, most):
     """With all that takes room: dropout, documents."""
@@ -102,7 +105,7 @@ def test_a_plan_takes_the_schedule_for_the_kernels_time(tmp_path, monkeypatch):
     chosen = find_slice("v3-8")
     mesh = slice_mesh(config, chosen)
     one = attention_of(config, mesh)
-    assert one == Attention("TPU v3", 1, 256, 2, 64, True, False, 0.1, "float32")
+    assert one == Attention("TPU v3", 1, 256, 2, 64, True, True, False, 0.1, "float32")
     monkeypatch.setattr(kernel_cycles, "scheduled", lambda asked: Cycles(1000, 10_000))
     found = compile_step.compile_step(config, mesh, steps=1)
     # Two layers of two micro-batches, both ways.
