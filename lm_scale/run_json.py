@@ -30,7 +30,8 @@ from lm_scale.sharding import declarations
 # (The tokens in `data.store` are compared by their fingerprint.)
 FREE = (
     "run_dir", "mesh", "slice", "simulated_devices", "compute.remat", "compute.offload",
-    "compute.unroll", "compute.loss_chunk", "compute.rules", "compute.attention",
+    "compute.reshard_after_forward", "compute.unroll", "compute.loss_chunk",
+    "compute.rules", "compute.attention",
     "log_every", "log_first", "report_to", "eval_every", "eval_batch", "eval_at_end",
     "save_every", "keep", "keep_every", "keep_best", "checkpoint_dir", "resume", "hub",
     "stop_at", "sample_prompt", "resume_from", "step_limit", "wait_limit", "override",

@@ -216,6 +216,24 @@ def test_fsdp_gathers_one_block_at_a_time(remat):
     assert added < 6 * BLOCK / 2
 
 
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_what_is_not_resharded_is_gathered_once(remat):
+    how = {"remat": remat, "reshard_after_forward": False}
+    found = of("fsdp", MeshShape(1, fsdp=8), **how)
+    gathered = [c for c in found if c.kind == "all-gather" and c.loops == 1]
+    assert BLOCK * 0.9 < sum(c.bytes for c in gathered) <= BLOCK
+    # And kept: each layer more adds its weights.
+    small, large = (
+        compiled("fsdp", MeshShape(1, fsdp=8), config=config, rows=8, **how)
+        for config in (LLAMA, replace(LLAMA, layers=LLAMA.layers + 6))
+    )
+    added = (
+        large.memory_analysis().temp_size_in_bytes
+        - small.memory_analysis().temp_size_in_bytes
+    )
+    assert added > 6 * BLOCK * 0.9
+
+
 def test_an_evaluation_gathers_the_head_once():
     """And not for each chunk of the loss, of which there are two here."""
     model, mesh = model_of("fsdp"), make_mesh(MeshShape(1, fsdp=8))

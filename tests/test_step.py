@@ -258,6 +258,8 @@ def test_the_loss_is_the_mean_over_the_labels_of_the_whole_batch():
     [
         {"remat": "dots"}, {"remat": "attention"}, {"remat": "full"},
         {"remat": "dots", "offload": True}, {"remat": "attention", "offload": True},
+        {"remat": "dots", "reshard_after_forward": False},
+        {"remat": "dots", "offload": True, "reshard_after_forward": False},
     ],
 )  # fmt: skip
 def test_remat_changes_neither_loss_nor_gradients(changes):

@@ -9,7 +9,8 @@ of a layer's forward pass but the other product, by "full" that too. hbm: each p
 batch writes and reads what is kept and what a layer needs (memory_model.py), and reads
 the weights in its forward pass, in its backward pass and again; gradients, weights and
 optimizer state are read and written once a step. ici: what a device sends in a ring.
-FSDP gathers each weight twice and scatters its gradient, for each part of a batch;
+FSDP gathers each weight twice (without `reshard_after_forward`, once) and scatters its
+gradient, for each part of a batch;
 gradients are summed once a step over the devices that have the same weights; a matrix
 that is cut over devices makes four sums of activations a layer; a sequence that is cut
 sends its keys and values around, forward and twice backward.
@@ -98,7 +99,8 @@ def sent_bytes(config: RunConfig, mesh: Mesh, memory: Estimate) -> float:
     # All but a device's own part of each weight comes to it, and goes from it.
     moved = (ring - 1) * memory.weights / F32
     wire = jnp.dtype(config.compute.grad_dtype).itemsize
-    sent = config.accumulate * moved * (2 * itemsize + wire)
+    gathers = 1 + config.compute.reshard_after_forward
+    sent = config.accumulate * moved * (gathers * itemsize + wire)
     sent += 2 * (copies - 1) / copies * memory.weights / F32 * wire
     rows = config.batch // shards(rules, mesh, "batch")
     residual = itemsize * rows * config.seq_len * config.model.embed
