@@ -19,6 +19,7 @@ from lm_scale.data.tokenizer import TokenizerConfig
 from lm_scale.models import Compute, GPT2Config
 from lm_scale.objectives import CausalLM
 from lm_scale.optim import AdamW, Schedule
+from lm_scale.sharding import FULLY_SHARDED
 
 config = RunConfig(
     run_dir="runs/gpt2_norwegian",
@@ -35,8 +36,11 @@ config = RunConfig(
     batch=512,  # 64 a core: 262,144 tokens a step
     epochs=20,
     slice="v3-8",
+    mesh=FULLY_SHARDED,  # see roberta_base_norwegian.py
     # All layers one after the other: a twentieth of the step less than in a loop.
-    compute=Compute(dtype="bfloat16", loss_chunk=64, unroll=12),
+    compute=Compute(
+        dtype="bfloat16", loss_chunk=64, unroll=12, reshard_after_forward=False
+    ),
     log_every=500,
     eval_every=2500,
     save_every=2500,

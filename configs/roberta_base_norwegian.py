@@ -17,6 +17,7 @@ from lm_scale.data.tokenizer import TokenizerConfig
 from lm_scale.models import Compute, RobertaConfig
 from lm_scale.objectives import MaskedLM
 from lm_scale.optim import AdamW, Schedule
+from lm_scale.sharding import FULLY_SHARDED
 
 config = RunConfig(
     run_dir="runs/roberta_base_norwegian",
@@ -40,10 +41,15 @@ config = RunConfig(
     batch=1024,  # 128 a core: 131,072 tokens a step
     epochs=18,
     slice="v3-8",
+    # Each core keeps and updates an eighth of the weights, and gathers the others once
+    # a step: 3 % less time than with all of them on each, and 0.9 GB.
+    mesh=FULLY_SHARDED,
     # Weights and optimizer are float32, as the original's. Logits of the 19 positions
     # take 0.5 GB a core; the original's, of all 128, took 3.3 GB. Twelve layers one
     # after the other, and not in a loop: 7 % of the step less, and less memory.
-    compute=Compute(dtype="bfloat16", loss_chunk=20, unroll=12),
+    compute=Compute(
+        dtype="bfloat16", loss_chunk=20, unroll=12, reshard_after_forward=False
+    ),
     log_every=500,
     eval_every=2500,
     save_every=2500,

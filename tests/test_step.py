@@ -278,6 +278,15 @@ def test_remat_changes_neither_loss_nor_gradients(changes):
         np.testing.assert_allclose(other, gradient, rtol=1e-4, atol=1e-7, err_msg=path)
 
 
+@pytest.mark.parametrize("unroll", [1, 3])
+def test_weights_that_stay_whole_change_nothing(unroll):
+    expected, _ = run("gpt2", "2x2x2", remat="attention")
+    how = {"remat": "attention", "reshard_after_forward": False, "unroll": unroll}
+    found, _ = run("gpt2", "2x2x2", **how)
+    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-6)
+    np.testing.assert_allclose(found["grad_norm"], expected["grad_norm"], rtol=1e-5)
+
+
 def test_bfloat16_computes_nearly_the_same_and_keeps_f32_weights():
     expected, _ = run("gpt2", "2x2x2")
     found, params = run("gpt2", "2x2x2", dtype="bfloat16")

@@ -21,7 +21,7 @@ from benchmarks.plan.rows import Row, load, make_rows_asked_for
 from lm_scale.config import RunConfig, load_config
 from lm_scale.objectives import MaskedLM
 from lm_scale.planning.accelerators import GIB, find_slice
-from lm_scale.sharding import PRESETS, MeshShape
+from lm_scale.sharding import FULLY_SHARDED, PRESETS, MeshShape
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parents[1] / "configs"
@@ -48,6 +48,7 @@ class Work:
     masks: bool | None = None  # a fixed number of masks a row; None: no masks
     remat: str = "dots"
     unroll: int = 12  # of 12 layers
+    mesh: MeshShape = FULLY_SHARDED
     old: float | None = None  # seconds of the old scripts' step; None: it does not fit
     goal: float | None = None
 
@@ -64,8 +65,9 @@ class Work:
             unroll=self.unroll,
         )  # fmt: skip
         return dataclasses.replace(
-            config, batch=self.rows * CORES, objective=objective, compute=compute
-        ), "v3-8"
+            config, batch=self.rows * CORES, objective=objective, compute=compute,
+            mesh=self.mesh,
+        ), "v3-8"  # fmt: skip
 
 
 MLM = functools.partial(Work, config="roberta_base_norwegian", masks=True, goal=0.21)
@@ -74,18 +76,25 @@ CLM = functools.partial(Work, config="gpt2_norwegian", goal=0.62)
 WORK = (
     MLM("RoBERTa-base MLM, 128 x 128, float32", rows=128, dtype="float32", old=0.485),
     MLM("RoBERTa-base MLM, 128 x 128, bfloat16", rows=128, dtype="bfloat16", old=0.439),
+    MLM("the same, each core with all weights", rows=128, dtype="bfloat16", old=0.439,
+        mesh=MeshShape()),
     MLM("the same, each mask drawn by itself", rows=128, dtype="bfloat16", masks=False,
         old=0.439),
     MLM("RoBERTa-base MLM, 128 x 128, bfloat16, layers in a loop", rows=128,
         dtype="bfloat16", unroll=1, old=0.439),
+    MLM("RoBERTa-base MLM, 256 x 128, float32", rows=256, dtype="float32", goal=None),
     MLM("RoBERTa-base MLM, 256 x 128, bfloat16", rows=256, dtype="bfloat16", goal=None),
     CLM("GPT-2 124M CLM, 64 x 512, float32", rows=64, dtype="float32"),
+    CLM("GPT-2 124M CLM, 64 x 512, float32, remat attention", rows=64, dtype="float32",
+        remat="attention"),
     CLM("GPT-2 124M CLM, 64 x 512, bfloat16", rows=64, dtype="bfloat16", old=0.902),
+    CLM("GPT-2 124M CLM, 64 x 512, bfloat16, each core with all weights", rows=64,
+        dtype="bfloat16", old=0.902, mesh=MeshShape()),
     CLM("GPT-2 124M CLM, 64 x 512, bfloat16, layers in a loop", rows=64,
         dtype="bfloat16", unroll=1, old=0.902),
+    CLM("GPT-2 124M CLM, 128 x 512, float32, remat attention", rows=128,
+        dtype="float32", remat="attention", goal=None),
     CLM("GPT-2 124M CLM, 128 x 512, bfloat16", rows=128, dtype="bfloat16", goal=None),
-    CLM("the same, remat attention", rows=128, dtype="bfloat16", goal=None,
-        remat="attention"),
 )  # fmt: skip
 
 
