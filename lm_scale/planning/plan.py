@@ -48,7 +48,7 @@ from lm_scale.shapes import parameter_count
 ACCURACY = (
     "An estimate, never yet measured on a chip by us. Beside published runs: of the "
     "old scripts' steps on a TPU v3-8 it gives 12 to 26 % too few tokens/s, of those "
-    "of MaxText and Levanter from 1 % too few to 37 % too many (benchmarks/plan). Fit "
+    "of MaxText and Levanter from 1 to 37 % too many (benchmarks/plan). Fit "
     "to rank plans that one compiler made, and for ratios; no promise."
 )
 FORMULA = (
