@@ -81,7 +81,8 @@ def is_kept(words: UInt32[Array, "*D"], rate: float) -> Bool[Array, "*D"]:
     """False for a share `rate` of even words, in steps of 2**-16."""
     # As a signed number: TPUs compare unsigned ones by one operation more.
     numbers = jax.lax.bitcast_convert_type(words, jnp.int32)
-    return numbers >= np.int32(round(rate * DRAWS) * DRAWS - WORD // 2)
+    dropped = min(round(rate * DRAWS), DRAWS - 1)
+    return numbers >= np.int32(dropped * DRAWS - WORD // 2)
 
 
 def even_words(
@@ -134,7 +135,7 @@ def mixed(
     By so few operations that a single number would not be hashed well. But of words
     that are hashed already it makes masks like those of independent draws: the largest
     singular value of a matrix of them (16384 by 3072, standardised) is what chance
-    makes it, where most other factors leave a pattern of rows and columns, up to ten
+    makes it, where most other factors leave a pattern of rows and columns, up to 18
     times as large (tests/models/test_dropout.py).
     """
     x = row + column

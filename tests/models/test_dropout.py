@@ -71,6 +71,11 @@ def test_the_share_is_the_rate_and_the_mean_stays(rate):
         assert abs(means - rate).max() < 6 * (rate * (1 - rate) / 1000) ** 0.5
 
 
+def test_a_rate_of_nearly_one_drops_all_but_a_step():
+    found = np.asarray(dropout(jnp.ones((1000, 1000)), 1 - 2**-20, jax.random.key(3)))
+    assert abs(np.sum(found != 0) - 1e6 / 2**16) < 5 * (1e6 / 2**16) ** 0.5
+
+
 def test_no_key_or_no_rate_changes_nothing():
     x = jnp.arange(6.0)
     assert dropout(x, 0.5, None) is x
