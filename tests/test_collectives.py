@@ -195,6 +195,20 @@ def test_gradients_are_sent_in_the_type_that_the_config_names(dtype):
         assert len(summed) >= 8 and set(summed) == {short}
 
 
+def products(**compute) -> int:
+    """Of a step whose layers are one turn of the loop, so that there is none."""
+    text = compiled("dp", MeshShape(), rows=8, unroll=LLAMA.layers, **compute).as_text()
+    return len(re.findall(r" dot\(", text))
+
+
+def test_what_is_computed_again_is_not_merged_inside_of_a_turn():
+    """XLA would keep all of the first computation, as if remat were `none`."""
+    kept = products(remat="none")
+    # Of each layer: all but what comes out of attention; and that too.
+    again = [products(remat=remat) - kept for remat in ("attention", "full")]
+    assert LLAMA.layers * 4 <= again[0] <= again[1]
+
+
 # --- Weights --------------------------------------------------------------------------
 
 

@@ -135,8 +135,8 @@ def mixed(
     By so few operations that a single number would not be hashed well. But of words
     that are hashed already it makes masks like those of independent draws: the largest
     singular value of a matrix of them (16384 by 3072, standardised) is what chance
-    makes it, where most other factors leave a pattern of rows and columns, up to 18
-    times as large (tests/models/test_dropout.py).
+    makes it, where other shifts and factors, such as those of `hashed`, leave a pattern
+    of rows and columns up to 1.6 times as large (tests/models/test_dropout.py).
     """
     x = row + column
     x = (x ^ (x >> 12)) * np.uint32(2**32 - 2**13 - 2**8 + 1)
