@@ -47,8 +47,9 @@ def trace_stacks(config: RunConfig, mesh: Mesh, remat: str) -> tuple[Stack, ...]
     The same for other meshes of these rules, if they have the same kernel of attention.
     """
     compute = dataclasses.replace(
-        config.compute, remat=typing.cast(Any, remat), offload=False
-    )
+        config.compute, remat=typing.cast(Any, remat), offload=False,
+        reshard_after_forward=True,  # no weights among them
+    )  # fmt: skip
     model = declare_model(dataclasses.replace(config, compute=compute), mesh)
     graphdef, rules = nnx.split(model)[0], compute.rules
 

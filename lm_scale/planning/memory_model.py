@@ -11,7 +11,8 @@ What the step is given is `step.abstract_state` and the batch, by the shards of 
 shardings. Gradients are f32, cut as the weights are stored. What is kept is traced, see
 activations.py; of a part of the batch it is 1/accumulate. While a layer's backward pass
 computes it again, it needs what remat = "none" would keep of one layer. FSDP gathers a
-layer's matrices in the compute type, the next layer's beside them, and makes gradients
+layer's matrices in the compute type, the next layer's beside them (all layers' are kept
+without `reshard_after_forward`), and makes gradients
 in f32 before they are scattered (`models.layout.gather`); the weights outside of the
 blocks are gathered in f32 (`step.gather_head`) and cast. Logits are f32 and there are
 two of them: they and their gradient (`losses.training_loss`). So are the scores of
@@ -123,13 +124,16 @@ class MemoryModel:
             # The next layer's as well, and gradients; of the head these.
             layer += (itemsize + F32) * layout.used.layer
             head += 2 * F32 * layout.used.head
+        kept = 0 if config.compute.offload else kept
+        if not config.compute.reshard_after_forward:
+            kept += config.model.layers * itemsize * layout.used.layer
         return Estimate(
             weights=layout.weights,
             optimizer=layout.optimizer,
             batch=layout.batch,
             gradients=layout.weights,
             sums=layout.weights if config.accumulate > 1 else 0,
-            kept=0 if config.compute.offload else kept,
+            kept=kept,
             layer=layer + again + score_bytes(config, mesh, layout.kernel),
             loss=head + 2 * logits_bytes(config, mesh),
         )

@@ -15,6 +15,7 @@ from lm_scale.planning.accelerators import GIB, find_slice
 from lm_scale.planning.activations import trace_stacks
 from lm_scale.planning.compile_step import lower_step, slice_mesh
 from lm_scale.planning.memory_model import LOW, MemoryModel
+from lm_scale.planning.time_model import sent_bytes
 from lm_scale.sharding import PRESETS, MeshShape
 
 pytest.importorskip("libtpu", reason="libtpu, the compiler for TPUs, is not installed")
@@ -125,3 +126,17 @@ def test_it_is_near_what_the_compiler_said_of_shipped_configs(name):
     found = MemoryModel().estimate(config, slice_mesh(config, find_slice(config.slice)))
     assert found.peak / GIB == pytest.approx(float(said[1]), rel=0.1)
     assert found.least < float(said[1]) * GIB
+
+
+def test_weights_that_are_not_resharded_are_kept_whole_and_sent_once(estimate):
+    mesh, kept, sent = MeshShape(data=1, fsdp=8), [], []
+    for reshard in (True, False):
+        found, config, devices = estimate(
+            rules="fsdp", mesh=mesh, reshard_after_forward=reshard
+        )
+        kept.append(found.kept)
+        sent.append(sent_bytes(config, devices, found))
+    matrices = WIDTH * (2 * PROJECTED + 2 * KV_HEADS * HEAD_DIM + 3 * MLP)
+    assert kept[1] - kept[0] == LAYERS * 2 * (matrices + 2 * WIDTH)  # bf16; and norms
+    # Gathered twice in bf16, or once; gradients in f32.
+    assert sent[1] == pytest.approx(sent[0] * (2 + 4) / (2 + 2 + 4))
