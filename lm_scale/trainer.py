@@ -171,6 +171,7 @@ def run(
     )  # fmt: skip
     # The watchdog innermost: how long the others' ends may take is not its to judge.
     with metrics, saver, Watchdog(config.step_limit, config.wait_limit) as watchdog:
+        saver.get_ready(state)
         own = found is not None and found.step in folder.steps()
         if found is not None and distributed.from_first(own):
             saver.adopt(found.step)

@@ -115,6 +115,31 @@ def test_what_was_saved_comes_back_on_any_mesh(folder, mesh):
     assert [x.sharding for x in jax.tree.leaves(state)] == [x.sharding for x in target]
 
 
+def test_nothing_is_compressed(folder):
+    save(folder, 1)
+    for name in folder.manifest(1).arrays:
+        if not name.startswith("counters"):
+            assert checkpoint.open_array(folder / 1, name).codec.to_json() == {
+                "compressor": None, "driver": "zarr", "filters": None,
+            }  # fmt: skip
+
+
+def test_a_save_compiles_nothing_that_was_made_ready(folder, caplog):
+    # Of shapes that no other test has: a process compiles once.
+    state = state_on("data=8", 1, ready=np.ones((8, 31), np.float32))
+    other = state_on("data=8", 2, ready=np.ones((8, 37), np.float32))
+    with Saver(folder) as saver:
+        saver.get_ready(state)
+        assert saver._ready is not None
+        saver._ready.result()
+        with jax.log_compiles(), caplog.at_level("WARNING"):
+            saver.save(state)
+            saver.wait()
+            assert "device_hashes" not in caplog.text
+            saver.save(other)
+            assert "device_hashes" in caplog.text
+
+
 def test_parameters_alone(folder):
     save(folder, 1, 2)
     for step in (1, 2):
