@@ -105,12 +105,19 @@ def test_without_a_chunk_each_device_has_so_many_tokens(
     chunked, tokens, chunks, monkeypatch
 ):
     """15 positions of 2 rows; one position at least."""
-    monkeypatch.setattr(losses, "TOKENS", tokens)
+    monkeypatch.setattr(losses, "TOKENS_OF_CPU", tokens)
     inputs = example(15, 23, seed=tokens)
     with one_device():
         assert losses._chunks(jnp.asarray(inputs[0]), None) == chunks
         result = jax.jit(chunked.__wrapped__, static_argnames="chunk")(*inputs, None)
     assert_same(result, plain(*inputs))
+
+
+def test_a_cpu_has_fewer_tokens_at_once():
+    here = jax.devices()[0].platform
+    assert losses.positions_at_once(4, 2, here) == 2 * 256 // 4
+    assert losses.positions_at_once(4, 2, "tpu") == 2 * 2048 // 4
+    assert losses.positions_at_once(4, 2) == 2 * 2048 // 4
 
 
 def test_a_length_that_nothing_divides(chunked):

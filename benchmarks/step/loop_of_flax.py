@@ -2,8 +2,8 @@
 """A plain training loop in Flax and optax, as one wrote it before meshes: `pmap`.
 
 The models of the old scripts in short: attention as `flax.linen` has it, layer after
-layer, dropout by `jax.random`, the head at all places, weights replicated, gradients
-averaged by `pmean`.
+layer, dropout by `jax.random`, the head at all places, a loss of one-hot labels,
+weights replicated, gradients averaged by `pmean`.
 """
 
 import flax.jax_utils
@@ -88,7 +88,8 @@ def make(asked: work.Work, devices: int) -> Run:
     def loss_of(params, tokens, labels, key):
         logits = model.apply({"params": params}, tokens, rngs={"dropout": key})
         there = labels >= 0
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels * there)
+        onehot = jax.nn.one_hot(labels, logits.shape[-1])
+        losses = optax.softmax_cross_entropy(logits, onehot)
         # Of devices with as many labels each, as here, the mean of means is the mean.
         return jnp.sum(losses * there) / jnp.sum(there)
 

@@ -35,7 +35,7 @@ class Compute:
     # What computes attention; auto: the best for the devices (see models/kernels.py).
     attention: Literal["auto", "xla", "splash", "vmem", "cudnn", "ring"] = "auto"
     # Positions of a sequence whose logits exist at one time; None: so many that those
-    # of 2048 tokens do on a device.
+    # of 2048 tokens do on a device (of 256 on a CPU).
     loss_chunk: int | None = None
     rules: Rules = Rules()
 
