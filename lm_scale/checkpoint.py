@@ -376,7 +376,7 @@ class Saver:
         self._number = 0  # of saves that were begun
         self._ready: Future[None] | None = None  # when the hashes are compiled
         self._seal: Callable[[], None] = lambda: None
-        # zstd would take a core 1.4 s a GB, and leave 7 % out (benchmarks/checkpoint).
+        # zstd would take a core 1.4 s a GB, and leave 7 % out (benchmarks/step).
         plain: Any = {
             item: ocp.PyTreeCheckpointHandler(use_compression=False) for item in ITEMS
         }
