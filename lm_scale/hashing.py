@@ -9,6 +9,7 @@ changed entry always changes the sum; more go unseen with a chance of 2**-32.
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -80,6 +81,14 @@ def device_hashes(tree: Any) -> UInt32[Array, "arrays devices"]:
         local, mesh=mesh, in_specs=tuple(specs), out_specs=every, check_vma=False
     )(*leaves)
     return jax.reshard(found, jax.P())
+
+
+def described(arrays: Mapping[str, jax.Array]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, types and shardings, which outlive arrays that are donated."""
+    return {
+        path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        for path, x in arrays.items()
+    }
 
 
 def shard_indices(sharding: NamedSharding, shape: tuple[int, ...]) -> list[Index]:

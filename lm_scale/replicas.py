@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from lm_scale.errors import Diverging
-from lm_scale.hashing import device_hashes, shard_indices
+from lm_scale.hashing import described, device_hashes, shard_indices
 from lm_scale.sharding import Params
 
 
@@ -34,11 +34,8 @@ class Replicas:
             jax.tree_util.keystr(path, simple=True, separator="."): x
             for path, x in jax.tree_util.tree_leaves_with_path(params)
         }
-        shapes = {
-            path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-            for path, x in weights.items()
-        }  # the weights themselves are donated to the next step
-        self._asked = step, shapes, device_hashes(list(weights.values()))
+        hashes = device_hashes(list(weights.values()))
+        self._asked = step, described(weights), hashes  # the next step has the weights
 
     def read(self) -> None:
         """Waits for what was asked; raises Diverging if copies differ."""
