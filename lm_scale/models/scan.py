@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loop over a model's blocks, and what it keeps for the backward pass."""
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -59,8 +58,9 @@ def scan_blocks(
 
     def turn(x, group):
         made = []
-        for number in range(unroll):
-            x, outputs = layer(x, jax.tree.map(operator.itemgetter(number), group))
+        stacks, structure = jax.tree.flatten(group)
+        for parts in zip(*map(_unstacked, stacks), strict=True):
+            x, outputs = layer(x, structure.unflatten(parts))
             made.append(outputs)
         return x, jax.tree.map(lambda *each: jnp.stack(each), *made)
 
@@ -69,6 +69,11 @@ def scan_blocks(
     turns = jax.tree.leaves(groups)[0].shape[0]
     x, made = jax.lax.scan(turn, x, groups, unroll=turns == 1)
     return x, jax.tree.map(lambda a: _regroup(a, (-1,), 2), made)
+
+
+def _unstacked(x: Array) -> list[Array]:
+    """What is stacked, part by part; its gradient is a stack, not a sum of paddings."""
+    return [_regroup(part, (), 1) for part in jax.lax.split(x, [1] * len(x))]
 
 
 def _regroup(x: Array, layers: tuple[int, ...], dims: int) -> Array:
