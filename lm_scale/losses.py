@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lm_scale.objectives import IGNORE
 
@@ -124,14 +124,33 @@ _with_gradient.defvjp(_with_gradient_forward, _with_gradient_backward)
 
 def _losses(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Array:
     """The loss of each place, f32 [B T]; 0 where there is no label."""
-    vocab = jnp.arange(logits.shape[-1])
-    at_label = vocab == labels[..., None]  # a lookup that works on sharded logits
-    label_logit = jnp.sum(jnp.where(at_label, logits, 0.0), -1)
-    losses = _log_sum(logits) - label_logit
-    return losses * (labels != IGNORE).astype(jnp.float32)
+    return _label_losses(logits, labels)
 
 
-@jax.custom_vjp
+def _label_losses_forward(logits, labels):
+    log_sum = _log_sum(logits)
+    # A lookup that works on sharded logits.
+    label_logit = jnp.sum(jnp.where(_at_label(logits, labels), logits, 0.0), -1)
+    losses = (log_sum - label_logit) * (labels != IGNORE).astype(jnp.float32)
+    return losses, (logits, log_sum, labels)
+
+
+def _label_losses_backward(saved, gradient):
+    logits, log_sum, labels = saved
+    gradient = gradient * (labels != IGNORE).astype(jnp.float32)
+    shares = jnp.exp(logits - log_sum[..., None])
+    # In one expression: XLA for CPUs makes a pass of each.
+    return (shares - _at_label(logits, labels)) * gradient[..., None], None
+
+
+_label_losses = jax.custom_vjp(lambda *inputs: _label_losses_forward(*inputs)[0])
+_label_losses.defvjp(_label_losses_forward, _label_losses_backward)
+
+
+def _at_label(logits: Array, labels: Array) -> Bool[Array, "B T V"]:
+    return jnp.arange(logits.shape[-1]) == labels[..., None]
+
+
 def _log_sum(logits: Float[Array, "B T V"]) -> Float[Array, "B T"]:
     """log(sum(exp(logits))), f32.
 
@@ -146,19 +165,6 @@ def _log_sum(logits: Float[Array, "B T V"]) -> Float[Array, "B T"]:
     return jax.lax.cond(
         within, lambda: jnp.log(sums), lambda: jax.nn.logsumexp(logits, -1)
     )
-
-
-def _log_sum_forward(logits):
-    log_sum = _log_sum(logits)
-    return log_sum, (logits, log_sum)
-
-
-def _log_sum_backward(saved, gradient):
-    logits, log_sum = saved
-    return (jnp.exp(logits - log_sum[..., None]) * gradient[..., None],)
-
-
-_log_sum.defvjp(_log_sum_forward, _log_sum_backward)
 
 
 def positions_at_once(rows: int, devices: int, platform: str | None = None) -> int:
