@@ -13,6 +13,7 @@ from lm_scale.objectives import CausalLM, MaskedLM
 from lm_scale.optim import AdamW, Schedule
 from lm_scale.sharding import MeshShape, make_mesh
 from lm_scale.step import init_state
+from lm_scale.xla_options import xla_options
 
 
 def make(asked: work.Work, compute: Compute) -> Run:
@@ -35,7 +36,7 @@ def make(asked: work.Work, compute: Compute) -> Run:
     mesh = make_mesh(config.mesh)
     jax.set_mesh(mesh)
     model = declare_model(config, mesh)
-    parts = make_parts(config, model, steps=1_000_000)
+    parts = make_parts(config, model, 1_000_000, xla_options(mesh))
     state = jax.jit(lambda: init_state(model, parts.optimizer, config.seed))()
     spec = model.compute.rules.spec("batch", None)
     batch = jax.device_put(asked.batch(), NamedSharding(mesh, spec))

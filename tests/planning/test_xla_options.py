@@ -22,6 +22,22 @@ def test_what_the_compiler_does_not_know_is_left_out(monkeypatch):
     assert xla_options.xla_options(make_mesh(MeshShape())) == known
 
 
+def test_devices_that_share_a_cpu_take_less_memory(tmp_path):
+    """One alone has no such options."""
+    alone = make_mesh(MeshShape(data=1), jax.devices()[:1])
+    assert xla_options.xla_options(alone) == {}
+    config = causal_run(tmp_path, accumulate=1)
+    mesh = make_mesh(config.mesh)
+    options = xla_options.xla_options(mesh)
+    assert [*options] == [*xla_options.LESS_MEMORY]
+    lowered, _ = compile_step.lower_step(config, mesh, steps=1)
+
+    def temporaries(options: dict) -> int:
+        return lowered.compile(options).memory_analysis().temp_size_in_bytes
+
+    assert temporaries(options) < 0.9 * temporaries({})
+
+
 def test_a_run_compiles_with_them(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "xla_options", lambda mesh: {"xla_no_such": "1"})
     with pytest.raises(jax.errors.JaxRuntimeError, match="option: 'xla_no_such'"):
