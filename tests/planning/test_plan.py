@@ -176,7 +176,7 @@ def test_the_page_says_how_good_it_is(planned):
     text = " ".join(console.file.getvalue().split())
     assert plan.ACCURACY in text and plan.FORMULA in text
     assert "It fits: 15.4" in text and "outside of all loops" in text
-    assert "models/llama.py:" in text  # where the costliest instructions come from
+    assert "models/product.py:" in text  # where the costliest instructions come from
     assert f"{found.tokens_per_s:,.0f} tokens/s, MFU {found.mfu:.1%}" in text
 
 
