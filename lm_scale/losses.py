@@ -124,30 +124,29 @@ _with_gradient.defvjp(_with_gradient_forward, _with_gradient_backward)
 
 def _losses(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Array:
     """The loss of each place, f32 [B T]; 0 where there is no label."""
-    return _label_losses(logits, labels)
+    return _at_labels(logits, labels) * (labels != IGNORE).astype(jnp.float32)
 
 
-def _label_losses_forward(logits, labels):
+def _at_labels_forward(logits, labels):
+    """-log softmax at the label; at a place without one, nothing of meaning."""
     log_sum = _log_sum(logits)
     # A lookup that works on sharded logits.
-    label_logit = jnp.sum(jnp.where(_at_label(logits, labels), logits, 0.0), -1)
-    losses = (log_sum - label_logit) * (labels != IGNORE).astype(jnp.float32)
-    return losses, (logits, log_sum, labels)
+    label_logit = jnp.sum(jnp.where(_is_label(logits, labels), logits, 0.0), -1)
+    return log_sum - label_logit, (logits, log_sum, labels)
 
 
-def _label_losses_backward(saved, gradient):
+def _at_labels_backward(saved, gradient):
     logits, log_sum, labels = saved
-    gradient = gradient * (labels != IGNORE).astype(jnp.float32)
     shares = jnp.exp(logits - log_sum[..., None])
     # In one expression: XLA for CPUs makes a pass of each.
-    return (shares - _at_label(logits, labels)) * gradient[..., None], None
+    return (shares - _is_label(logits, labels)) * gradient[..., None], None
 
 
-_label_losses = jax.custom_vjp(lambda *inputs: _label_losses_forward(*inputs)[0])
-_label_losses.defvjp(_label_losses_forward, _label_losses_backward)
+_at_labels = jax.custom_vjp(lambda *inputs: _at_labels_forward(*inputs)[0])
+_at_labels.defvjp(_at_labels_forward, _at_labels_backward)
 
 
-def _at_label(logits: Array, labels: Array) -> Bool[Array, "B T V"]:
+def _is_label(logits: Array, labels: Array) -> Bool[Array, "B T V"]:
     return jnp.arange(logits.shape[-1]) == labels[..., None]
 
 

@@ -5,10 +5,10 @@
 
 The run is `lm_scale train` as it is, of a RoBERTa of 25 M weights: loader with masks,
 metrics, TensorBoard, the guard, and once without and once with a checkpoint every 200
-steps. Only its step is not: it takes the batch and the state, and then a fixed time of
-one core in one thread, as a TPU would take it elsewhere. What remains of two cores is
-the host's. Steps and batches are those of RoBERTa-base on a TPU v3-8: 1024 rows of 128
-tokens in 0.208 s.
+steps. Only its step is not: it takes the batch, and then a fixed time of one core in
+one thread, as a TPU would take it elsewhere. What remains of two cores is the host's.
+Steps and batches are those of RoBERTa-base on a TPU v3-8: 1024 rows of 128 tokens in
+0.208 s.
 """
 
 import dataclasses
