@@ -289,6 +289,10 @@ def apply(
     head's weights are gathered here, once for all chunks of the loss.
     """
     model = nnx.merge(graphdef, params)
+    whole = gather_head(params, model.compute)
+    if "output" not in params and not model.compute.reshard_after_forward:
+        # The table that the head needs whole serves the embedding as well.
+        model = nnx.merge(graphdef, params | {"tokens": whole["tokens"]})
     batch, positions = lay_out(model, batch)
     hidden = model(
         batch["tokens"], positions=positions, segments=batch.get("segments"), key=key
@@ -298,7 +302,6 @@ def apply(
         hidden, labels = pick(
             hidden, labels, batch["masked_positions"], model.compute.rules
         )
-    whole = gather_head(params, model.compute)
     head = functools.partial(nnx.merge(graphdef, whole).head, centre=True)
     return hidden, head, labels
 

@@ -248,6 +248,26 @@ def test_what_is_not_resharded_is_gathered_once(remat):
     assert added > 6 * BLOCK * 0.9
 
 
+@pytest.mark.parametrize(
+    ("config", "reshard", "exchanges"),
+    [
+        (replace(ROBERTA, vocab=256), True, 2),  # of tokens; positions are fewer
+        (replace(ROBERTA, vocab=256), False, 0),
+        (replace(ROBERTA, vocab=64), True, 0),  # a device has as many tokens
+        (LLAMA, False, 2),  # its head has a table of its own
+    ],
+)
+def test_a_table_or_what_is_looked_up_is_sent(config, reshard, exchanges):
+    """Whichever is less; the rows that are looked up go forward and back."""
+    found = of(
+        "fsdp", MeshShape(1, fsdp=8), config=config, reshard_after_forward=reshard
+    )
+    assert sum(c.kind == "all-to-all" for c in found) == exchanges
+    # For the head; XLA makes one of two.
+    table = [c for c in found if c.bytes == 4 * config.vocab * config.embed]
+    assert [c.kind for c in table] == ["all-gather"]
+
+
 def test_an_evaluation_gathers_the_head_once():
     """And not for each chunk of the loss, of which there are two here."""
     model, mesh = model_of("fsdp"), make_mesh(MeshShape(1, fsdp=8))

@@ -26,7 +26,8 @@ class Compute:
     remat: Literal["none", "dots", "attention", "full"] = "dots"
     offload: bool = False  # what `remat` keeps waits in the host's memory (not on CPUs)
     # Weights of a layer that FSDP has cut are gathered for the forward pass, and again
-    # for the backward pass; False: they are kept, whole, in the compute type.
+    # for the backward pass; False: they are kept, whole, in the compute type, and the
+    # embedding takes its rows from the table that is whole for the head, if it's tied.
     reshard_after_forward: bool = True
     # Layers that are compiled as one turn of the loop over layers; divides these.
     unroll: int = 1

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from lm_scale.errors import InputError
 from lm_scale.models.compute import Compute
 from lm_scale.models.layout import (
+    gather,
     kept,
     mesh_axes_of,
     shared,
@@ -267,10 +268,15 @@ def embed(
 ) -> Float[Array, "B T D"]:
     """Rows of an embedding table, in the compute type and sharded as the residual."""
     rules = compute.rules
-    weight = shared(table[...], rules)
+    ids = jax.reshard(ids, rules.spec("batch", "seq"))
+    own = math.prod(jax.typeof(ids).sharding.shard_shape(ids.shape))
     # Where FSDP has cut the columns, each device looks up its columns for the tokens of
-    # all, and hands the others theirs: less to send than the table, and its gradient is
-    # made where it stays.
+    # all, and hands the others theirs: less to send than a table of more rows than a
+    # device has tokens, and its gradient is made where it stays.
+    if table[...].shape[0] > own:
+        weight = shared(table[...], rules)
+    else:
+        weight = gather(table[...], compute, "float32")
     columns = jax.typeof(weight).sharding.spec.partitions[1]
     cut = mesh_axes_of(PartitionSpec(columns))
     batch = tuple(axis for axis in rules.batch if axis not in cut) or None
