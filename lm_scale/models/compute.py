@@ -13,7 +13,8 @@ class Compute:
     """How a model is computed; what it computes, but for rounding, is in its config."""
 
     # Of matrix products and activations; weights, optimizer, softmax, norm statistics
-    # and the loss are float32 in either case.
+    # and the loss are float32 in either case. TPUs round float32 factors of a product
+    # to bfloat16, unless `jax_default_matmul_precision` says otherwise.
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     # Products of activations with the blocks' weights, and those of their gradients, in
     # 8 bits (qwix), where a device multiplies these faster; of those that were compiled

@@ -56,6 +56,8 @@ TANH_GELU = ((2 / math.pi) ** 0.5, 0.044715 * (2 / math.pi) ** 0.5, 0.0)
 # Fitted to GELU by erf and to its slope, which it misses by 2.6e-5 and 1.1e-4 at most;
 # bf16 rounds a 1 by up to 4e-3.
 BF16_GELU = (0.7975079, 0.03700565, -3.515189e-4)
+# `jax.default_matmul_precision`s of one product in bf16.
+ROUNDED = (None, "default", "fastest", "bfloat16", "BF16_BF16_F32")
 
 
 class LayerNorm(nnx.Module):
@@ -169,11 +171,23 @@ def _gelu_forward(x, approximate):
     x32 = x.astype(jnp.float32)
     if approximate:
         y, slope = _gelu_by_tanh(x32, TANH_GELU)
-    elif x.dtype == jnp.bfloat16:
+    elif x.dtype == jnp.bfloat16 or _products_round():
         y, slope = _gelu_by_tanh(x32, BF16_GELU)
     else:
         y, slope = jax.jvp(_exact_gelu, (x32,), (jnp.ones_like(x32),))
     return y.astype(x.dtype), slope.astype(x.dtype)
+
+
+def _products_round() -> bool:
+    """If products take f32 in bf16: on TPUs, unless JAX has been told otherwise.
+
+    What is made for them alone, as GELU's value and slope are, need not be better.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None or device.platform != "tpu":
+        return False
+    told: Any = jax.config
+    return told.jax_default_matmul_precision in ROUNDED
 
 
 def _exact_gelu(x):

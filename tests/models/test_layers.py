@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.ad_checkpoint import print_saved_residuals
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
 from parity import one_device
 
 from lm_scale.models.compute import Compute
@@ -124,6 +124,24 @@ def test_gelu_in_bf16_is_that_of_torch_to_a_digit_of_bf16():
     np.testing.assert_allclose(ours[0].astype("f"), value.detach(), **tiny)
     tiny["atol"] = 1.2e-4
     np.testing.assert_allclose(ours[1].astype("f"), theirs.grad, **tiny)
+
+
+@pytest.mark.parametrize(
+    ("platform", "precision", "function"),
+    [
+        ("cpu", None, "erf"),
+        ("tpu", None, "tanh"),
+        ("tpu", "bfloat16", "tanh"),
+        ("tpu", "float32", "erf"),
+    ],
+)
+def test_gelu_in_f32_is_as_good_as_what_products_take(platform, precision, function):
+    device = AbstractDevice("of some kind", None, platform)
+    mesh = AbstractMesh((1,), ("data",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh), jax.default_matmul_precision(precision):
+        x = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+        made = str(jax.make_jaxpr(lambda x: gelu(x, False))(x))
+    assert [name for name in ("erf", "tanh") if f"= {name} " in made] == [function]
 
 
 @pytest.mark.parametrize("shape", [(9, WIDTH), (9,)])
