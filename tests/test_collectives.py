@@ -248,6 +248,19 @@ def test_what_is_not_resharded_is_gathered_once(remat):
     assert added > 6 * BLOCK * 0.9
 
 
+def test_whole_weights_are_kept_in_whatever_type_xla_likes():
+    """Only activations are kept by the policy, for which JAX fixes the type.
+
+    On a TPU products need bf16 alone of f32 weights: a gather of half the bytes.
+    """
+    model, mesh = model_of("fsdp", reshard_after_forward=False), make_mesh(MeshShape(8))
+    with jax.set_mesh(mesh):
+        step, arguments = traced(model, mesh)
+        text = step.lower(*arguments).as_text()
+    fixed = re.findall(r"reduce_precision[^\n]*tensor<(\d+x\d+)x", text)
+    assert set(fixed) == {f"{ROWS}x{LENGTH}"}
+
+
 @pytest.mark.parametrize(
     ("config", "reshard", "exchanges"),
     [

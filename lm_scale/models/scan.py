@@ -7,14 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Key
 
 from lm_scale.models.compute import Compute
 from lm_scale.models.layout import gather, shared
-
-WHOLE = "whole weights"  # their name where the backward pass is to find them
 
 
 def layer_keys(key: Key[Array, ""] | None, layers: int) -> Key[Array, "L"] | None:
@@ -38,19 +35,30 @@ def scan_blocks(
     """
     graphdef, weights = nnx.split(blocks)
 
+    def whole(weights):
+        return jax.tree.map(lambda w: gather(w, compute), weights)
+
+    def computed_again(x, weights, inputs):
+        if compute.reshard_after_forward:
+            weights = whole(weights)
+        return apply(nnx.merge(graphdef, weights), x, inputs)
+
     def layer(x, inputs):
         weights, inputs = inputs
-        weights = jax.tree.map(lambda w: gather(w, compute), weights)
+        # Not by the policy: it would keep them in a type that XLA must not change, such
+        # as f32, of which a TPU's products need bf16 alone (`reduce_precision`).
         if not compute.reshard_after_forward:
-            weights = jax.tree.map(lambda w: checkpoint_name(w, WHOLE), weights)
-        return apply(nnx.merge(graphdef, weights), x, inputs)
+            weights = whole(weights)
+        return computed_again(x, weights, inputs)
 
     # A loop's turns keep XLA from merging the two computations of a layer. Inside of
     # one turn it is told to, where they have products (attention, full): it would keep
     # all, and compute nothing again. What else is computed again costs as little to
     # keep, and it may choose (a step of RoBERTa is 5 % faster so, in no more memory).
     again = compute.unroll > 1 and compute.remat in ("attention", "full")
-    layer = jax.checkpoint(layer, policy=remat_policy(compute), prevent_cse=again)
+    computed_again = jax.checkpoint(
+        computed_again, policy=remat_policy(compute), prevent_cse=again
+    )
     weights = jax.tree.map(lambda w: shared(w, compute.rules), nnx.as_pure(weights))
     inputs, unroll = (weights, per_layer), compute.unroll
     if unroll == 1:
@@ -88,24 +96,13 @@ def _regroup(x: Array, layers: tuple[int, ...], dims: int) -> Array:
 
 def remat_policy(compute: Compute) -> Callable[..., Any]:
     """Which values of a layer the backward pass finds, and does not compute again."""
-    policy = _policy_of_activations(compute)
-    if compute.reshard_after_forward:
-        return policy
-
-    def with_weights(primitive, *operands, **params):
-        if primitive.name == "name" and params["name"] == WHOLE:
-            return True
-        return policy(primitive, *operands, **params)
-
-    return with_weights
-
-
-def _policy_of_activations(compute: Compute) -> Callable[..., Any]:
     if compute.remat == "none":
-        # All but what comes from other devices (`layout.widen` is a custom_vjp), and
-        # parts of it (`layers.project`): else the weights of every layer would be whole
-        # at one time.
-        moved = ("reshard", "custom_vjp_call", "slice", "dynamic_slice", "squeeze")
+        # All but what comes from other devices (`layout.widen` is a custom_vjp), parts
+        # of it (`layers.project`) and other shapes of it (`layout.gather`): else the
+        # weights of every layer would be whole at one time.
+        moved = {
+            "reshard", "custom_vjp_call", "reshape", "slice", "dynamic_slice", "squeeze"
+        }  # fmt: skip
         return lambda primitive, *_, **__: primitive.name not in moved
     if compute.remat == "dots":
         return _dots(compute.offload)
