@@ -21,6 +21,7 @@ from lm_scale.models.compute import Compute
 from lm_scale.models.layout import (
     gather,
     kept,
+    merged,
     mesh_axes_of,
     shared,
     spread,
@@ -228,6 +229,9 @@ def project(
         # row in turn, which takes a sixth of a step (Llama 3.1 8B on a v5p-128).
         order = (1, 0, *range(2, weight.ndim))
         weight = with_layout_constraint(weight, Layout(order))
+    elif compute.attention == "vmem" and weight.shape[1] == 3 and bias is None:
+        made = _project_qkv(x, merged(weight, 2))
+        return [_in_heads(y, weight.shape[2:]) for y in made]
     one = project_heads if weight.ndim == 4 else _project_one
     parts = range(weight.shape[1])
     biases = [None if bias is None else bias[part] for part in parts]
@@ -247,8 +251,34 @@ def project_heads(
     # 64 fill half of the lanes, and copy to and from that.
     flat = None if bias is None else merged(bias, 0)
     y = _project_one(x, merged(weight, 1), compute, flat)
+    return _in_heads(y, weight.shape[1:])
+
+
+def _in_heads(y, heads: tuple[int, ...]):
     cut = PartitionSpec(*jax.typeof(y).sharding.spec, None)
-    return jnp.reshape(y, (*y.shape[:2], *weight.shape[1:]), out_sharding=cut)
+    return jnp.reshape(y, (*y.shape[:2], *heads), out_sharding=cut)
+
+
+@jax.custom_vjp
+def _project_qkv(x, weight):
+    return [jnp.einsum("BTD,DF->BTF", x, weight[:, part]) for part in range(3)]
+
+
+def _project_qkv_backward(saved, gradients):
+    # Those that `attend_in_vmem` made are parts of one array, and XLA sees that this is
+    # it: so one product does, three times as deep, for three whose results are added.
+    B, T, F = gradients[0].shape
+    whole = jnp.concatenate(gradients, axis=1)
+    batch, seq, heads = jax.typeof(whole).sharding.spec
+    cut = PartitionSpec(batch, None, seq, heads)
+    whole = jnp.reshape(whole, (B, 3, T, F), out_sharding=cut)
+    # Left alone, XLA for TPUs copies it, to have the tokens innermost.
+    whole = with_layout_constraint(whole, Layout((0, 1, 2, 3)))
+    _, pull = jax.vjp(lambda x, weight: jnp.einsum("BTD,DCF->BCTF", x, weight), *saved)
+    return pull(whole)
+
+
+_project_qkv.defvjp(lambda *given: (_project_qkv(*given), given), _project_qkv_backward)
 
 
 def _project_one(x, weight, compute: Compute, bias):
@@ -265,16 +295,6 @@ def project_back(
     if compute.attention == "vmem":
         return product("BTF,FD->BTD", merged(x, 2), merged(weight, 0), compute, into)
     return product("BTHN,HND->BTD", x, weight, compute, into)
-
-
-def merged(x: Array, dim: int) -> Array:
-    """`x` with its axes `dim` and `dim` + 1 as one, cut as the first of these."""
-    spec = jax.typeof(x).sharding.spec
-    parts, shape = [*spec.partitions], [*x.shape]
-    del parts[dim + 1]
-    shape[dim : dim + 2] = [x.shape[dim] * x.shape[dim + 1]]
-    cut = PartitionSpec(*parts, unreduced=spec.unreduced, reduced=spec.reduced)
-    return jnp.reshape(x, shape, out_sharding=cut)
 
 
 def embed(

@@ -12,12 +12,15 @@ serve activations, where a matrix is cut over devices (`sum_over`, `from_residua
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from lm_scale.models.compute import Compute
 from lm_scale.sharding import Rules
+
+LANES = 128  # of a TPU's registers
 
 
 def token_axes(rules: Rules) -> frozenset[str]:
@@ -109,9 +112,25 @@ def gather(weight: Array, compute: Compute, dtype: str | None = None) -> Array:
     """
     dtype = dtype or (compute.dtype if weight.ndim > 1 else "float32")
     spec, tokens = jax.typeof(weight).sharding.spec, token_axes(compute.rules)
+    if weight.ndim > 2 and weight.shape[-1] < LANES and spec.partitions[-1] is None:
+        # Side by side: a TPU gives a row of 64 the place of 128, or turns all around.
+        flat = gather(merged(weight, weight.ndim - 2), compute, dtype)
+        spec = jax.typeof(flat).sharding.spec
+        cut = PartitionSpec(*spec.partitions, None, reduced=spec.reduced)
+        return jnp.reshape(flat, weight.shape, out_sharding=cut)
     left = [tuple(axis for axis in part if axis not in tokens) for part in _cuts(spec)]
     whole = PartitionSpec(*(part or None for part in left), reduced=tokens)
     return widen(weight, whole, dtype=dtype, wire=compute.grad_dtype)
+
+
+def merged(x: Array, dim: int) -> Array:
+    """`x` with its axes `dim` and `dim` + 1 as one, cut as the first of these."""
+    spec = jax.typeof(x).sharding.spec
+    parts, shape = [*spec.partitions], [*x.shape]
+    del parts[dim + 1]
+    shape[dim : dim + 2] = [x.shape[dim] * x.shape[dim + 1]]
+    cut = PartitionSpec(*parts, unreduced=spec.unreduced, reduced=spec.reduced)
+    return jnp.reshape(x, shape, out_sharding=cut)
 
 
 def kept(x: Array) -> Array:

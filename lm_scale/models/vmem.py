@@ -86,10 +86,13 @@ def _forward(call: Call, q, k, v, biases, segments, words):
 
 def _backward(call: Call, saved, d_mean):
     q, k, v, others, log_sum = saved
-    dq, *of_queries, d_biases = _run(
+    B, T, D = q.shape
+    gradients, d_biases = _run(
         backward_kernel, BACKWARD, backward_scratch, call, others,
-        [q, *_of_queries(call, q, k, v), d_mean, log_sum], made=[q, q, q, others[0]],
+        [q, *_of_queries(call, q, k, v), d_mean, log_sum],
+        made=[jax.ShapeDtypeStruct((B, 3 * T, D), q.dtype), others[0]],
     )  # fmt: skip
+    dq, *of_queries = jnp.split(gradients, 3, axis=1)
     dk, dv = (_of_keys(call, x, k) for x in of_queries)
     return dq, dk, dv, d_biases, None, None
 
@@ -123,7 +126,7 @@ def _run(
     given: list[Array],
     *,
     made: list[Any],
-) -> tuple[Array | None, ...]:
+) -> tuple[Any, ...]:
     """A kernel over all rows and all groups of heads; `made`: the results' shapes.
 
     None: no such array is given, or made.

@@ -180,11 +180,12 @@ def backward_scratch(
 
 
 def backward_kernel(call: Call, of_queries, words, biases, q_ref, k_ref, v_ref, *refs):
-    """From q, k, v, the gradient of the means and `log_sum`: dq, dk, dv, and biases'.
+    """From q, k, v, the gradient of the means and `log_sum`: theirs, and biases'.
 
-    These are of each row for itself, sums of all its tokens.
+    Those of q, k and v are one array, the tokens of each behind the tokens of the one
+    before; the biases' are of each row for itself, sums of all its tokens.
     """
-    d_mean_ref, sum_ref, dq_ref, dk_ref, dv_ref, d_biases, *refs = refs
+    d_mean_ref, sum_ref, d_ref, d_biases, *refs = refs
     keys, values, keys_t, dks, dvs, weights, d_weights, *of_keys = refs
     segments = _segments(of_queries, *of_keys)
     rows, T = q_ref.shape[:2]
@@ -243,17 +244,16 @@ def backward_kernel(call: Call, of_queries, words, biases, q_ref, k_ref, v_ref, 
                 dk, dv = dks[at] + dk, dvs[at] + dv
             dks[at], dvs[at] = dk, dv
         dq = (jnp.concatenate(dqs, axis=0) * call.scale).T
-        _store(call, dq_ref, row, _tokens(block), dq)
+        _store(call, d_ref, row, _tokens(block), dq)
         _add_to_bias(d_biases, row, 0, dq, is_first=block == 0)
 
     _overlap(call.backward_parts(rows, T, q_ref.dtype), score, mix)
     for row in range(rows):
-        for block in map(_tokens, range(blocks)):
-            dk, dv = dks[row, block], dvs[row, block]
-            _store(call, dk_ref, row, block, dk)
-            _store(call, dv_ref, row, block, dv)
-            for part, gradient in ((1, dk), (2, dv)):
-                _add_to_bias(d_biases, row, part, gradient, is_first=block.start == 0)
+        for block in range(blocks):
+            for part, gradients in ((1, dks), (2, dvs)):
+                gradient = gradients[row, _tokens(block)]
+                _store(call, d_ref, row, _tokens(part * blocks + block), gradient)
+                _add_to_bias(d_biases, row, part, gradient, is_first=block == 0)
 
 
 def _overlap(parts: list[list[tuple[int, int]]], score, mix) -> None:
