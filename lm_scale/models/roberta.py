@@ -265,7 +265,8 @@ class Roberta(nnx.Module):
                 out_sharding=rules.spec("batch", "seq", "act_embed"),
             )  # fmt: skip
             x = x + spread(self.dense_bias[...].astype(dtype), x)
-            x = self.head_norm(gelu(x, False))
+            # Made once: by itself XLA makes it anew for each part of the vocabulary.
+            x = jax.lax.optimization_barrier(self.head_norm(gelu(x, False)))
             table, bias = self.tokens[...], self.head_bias[...]
             if centre:
                 table, bias = centred(table), centred(bias)
