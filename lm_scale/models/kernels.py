@@ -33,15 +33,14 @@ from jaxtyping import Array, Float, Int, Key
 from lm_scale.errors import InputError
 from lm_scale.models.compute import Compute
 from lm_scale.models.dropout import words_of
-from lm_scale.models.layout import kept, spread
+from lm_scale.models.layout import LANES, kept, spread
 from lm_scale.models.vmem import Call, attend_in_vmem, vmem_obstacle
 from lm_scale.sharding import Rules, shards
 
 Kernel = Literal["xla", "splash", "vmem", "cudnn", "ring"]
 TPUS_WITHOUT_SPLASH = ("TPU v2", "TPU v3")
 NO_SEGMENT = jnp.iinfo(jnp.int32).min  # of the tokens that fill up a block
-LANES = 128  # Splash's blocks are multiples of it
-BLOCK = 512  # ... and of this size if the sequence is long enough
+BLOCK = 512  # Splash's blocks are so long, or what of it divides the sequence
 
 
 def choose_attention(

@@ -301,16 +301,16 @@ def embed(
     table: nnx.Param, ids: Int[Array, "B T"], compute: Compute
 ) -> Float[Array, "B T D"]:
     """Rows of an embedding table, in the compute type and sharded as the residual."""
-    rules = compute.rules
+    rules, weight = compute.rules, table[...]
     ids = jax.reshard(ids, rules.spec("batch", "seq"))
     own = math.prod(jax.typeof(ids).sharding.shard_shape(ids.shape))
     # Where FSDP has cut the columns, each device looks up its columns for the tokens of
     # all, and hands the others theirs: less to send than a table of more rows than a
     # device has tokens, and its gradient is made where it stays.
-    if table[...].shape[0] > own:
-        weight = shared(table[...], rules)
+    if weight.shape[0] > own:
+        weight = shared(weight, rules)
     else:
-        weight = gather(table[...], compute, "float32")
+        weight = gather(weight, compute, "float32")
     columns = jax.typeof(weight).sharding.spec.partitions[1]
     cut = mesh_axes_of(PartitionSpec(columns))
     batch = tuple(axis for axis in rules.batch if axis not in cut) or None

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from lm_scale.models.compute import Compute
 from lm_scale.sharding import Rules
 
-LANES = 128  # of a TPU's registers
+LANES = 128  # of a TPU's registers; kernels work by blocks of as many tokens
 
 
 def token_axes(rules: Rules) -> frozenset[str]:

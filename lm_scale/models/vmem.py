@@ -18,9 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, UInt32
 
-from lm_scale.models.layout import kept
+from lm_scale.models.layout import LANES, kept
 from lm_scale.models.vmem_kernels import (
-    LANES,
     Call,
     as_loaded,
     backward_kernel,

@@ -31,8 +31,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from lm_scale.models.dropout import HALF, is_kept, mixed
+from lm_scale.models.layout import LANES
 
-LANES = 128  # of a register; a block has as many tokens
 # Queries of a head are worked through in blocks of 128. The code of some blocks is one:
 # products of one fill the waits of another. It has no more scores than VMEM has room
 # for the values that exist at one time: as seen, 5.5 for each score of the backward

@@ -26,13 +26,14 @@ from lm_scale.compile_cache import uncached
 from lm_scale.config import RunConfig
 from lm_scale.models import LlamaConfig, family_of
 from lm_scale.models.kernels import head_dim_of
+from lm_scale.models.layout import LANES
 from lm_scale.models.vmem import (
     BACKWARD,
     FORWARD,
     attend_in_vmem,
     rows_of_kernel,
 )
-from lm_scale.models.vmem_kernels import LANES, Call
+from lm_scale.models.vmem_kernels import Call
 from lm_scale.planning.accelerators import GENERATIONS, Slice
 from lm_scale.planning.libtpu import topology_devices
 from lm_scale.sharding import shards

@@ -10,7 +10,7 @@ import pytest
 from lm_scale.config import DataConfig, RunConfig, load_config
 from lm_scale.data.tokenizer import TokenizerConfig
 from lm_scale.models import Compute, LlamaConfig
-from lm_scale.models.kernels import LANES
+from lm_scale.models.layout import LANES
 from lm_scale.planning.accelerators import GIB, find_slice
 from lm_scale.planning.activations import trace_stacks
 from lm_scale.planning.compile_step import lower_step, slice_mesh
